@@ -1,0 +1,62 @@
+"""`umup COMMAND ...`: the command table, and how errors become exit codes.
+
+0 done or passed, 1 a check ran and failed, 2 bad input, 3 a run failed, 4 a check was undecided, 130 interrupted.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+from umup.errors import ConfigError, InputError, RunError, did_you_mean
+
+COMMANDS = {
+    "demo": "the whole story on a CPU in minutes: sweep a proxy, transfer, train wider, generate, plot",
+    "train": "train a config; goes on if the run directory holds a checkpoint",
+    "generate": "text from a run",
+    "data": "tokenize a config's corpus once into a cached memory map",
+    "explain": "the plan of a config: every number with its rule and source",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(version("umup"))
+        return 0
+    try:
+        return _run(arguments[0], arguments[1:])
+    except InputError as error:
+        return _complain(error, 2)
+    except RunError as error:
+        return _complain(error, 3)
+    except OSError as error:
+        return _complain(error, 3)
+    except KeyboardInterrupt:
+        return _complain("interrupted; the same command goes on from the last checkpoint", 130)
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    if command not in COMMANDS:
+        raise ConfigError(f"unknown command {command!r}; {did_you_mean(command, COMMANDS)}")
+    result: int = import_module(f"umup.cli.{command}").run(arguments)
+    return result
+
+
+def _complain(error: object, code: int) -> int:
+    print(f"umup: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(["usage: umup COMMAND ...   (umup COMMAND --help says more)", "", *lines])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Run configs: one strict pydantic class per section, YAML and dotted overrides. Loads without torch."""

@@ -1,0 +1,190 @@
+"""The sections of a run config. Every field's docstring is what `--help` prints."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Base of all sections: strict types, no unknown keys, frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """The network: a family (row of models/families.py) and its sizes."""
+
+    family: str = "llama"
+    """architecture: a row of the families table"""
+    hidden_size: Positive = 256
+    """width of the residual stream"""
+    num_layers: Positive = 4
+    """number of blocks, each one attention and one MLP branch"""
+    head_dim: Positive = 64
+    """features per attention head; hidden_size is a multiple of it"""
+    num_kv_heads: Positive | None = None
+    """key and value heads (grouped-query attention); default: as many as query heads"""
+    intermediate_size: Positive | None = None
+    """inner width of the MLP; default: the family's ratio times hidden_size"""
+    vocab_size: Positive = 256
+    """token ids the model knows"""
+    max_seq_len: Annotated[int, Field(gt=1)] = 256
+    """context length; also the training length that fixes u-muP's attention scale"""
+    norm_gain: bool | None = None
+    """trainable norm gains (and biases); default: the family's"""
+    tie_embeddings: bool | None = None
+    """share the embedding with the output head; default: the family's"""
+    rope_theta: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10000.0
+    """base of the rotary frequencies"""
+    norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """epsilon of the norms"""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """dropout on the embedding, attention weights and branch outputs"""
+
+
+class BaseShape(Section):
+    """The shape where a relative scheme equals SP. What is absent keeps the target's ratio (head_dim: its value)."""
+
+    hidden_size: Positive
+    """width at which hyperparameters were tuned"""
+    num_layers: Positive | None = None
+    """depth at which they were tuned; recorded, since no scheme here has a relative depth rule"""
+    head_dim: Positive | None = None
+    """head size there"""
+    num_kv_heads: Positive | None = None
+    """key and value heads there"""
+    intermediate_size: Positive | None = None
+    """inner width of the MLP there"""
+
+
+class ParametrizationConfig(Section):
+    """The rules table to apply."""
+
+    scheme: str = "umup"
+    """parametrization: a table of rules/schemes.py"""
+    hparams: dict[str, float] = Field(default_factory=dict)
+    """the scheme's multipliers that differ from their defaults"""
+    options: dict[str, str] = Field(default_factory=dict)
+    """contested choices that differ from their defaults"""
+    base: BaseShape | None = None
+    """base shape, for schemes that are relative to one"""
+
+
+class OptimizerConfig(Section):
+    """AdamW and its numbers at the plan's factor 1."""
+
+    name: str = "adamw"
+    """optimizer: a row of rules/optimizers.py"""
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """peak learning rate; the plan multiplies it per parameter"""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """decay of Adam's first and second moments"""
+    eps: Annotated[float, Field(gt=0, lt=1)] = 1e-8
+    """Adam's epsilon; the plan multiplies it per parameter"""
+    weight_decay: NonNegative = 0.0
+    """weight decay of matrices; norms and biases have none"""
+    independent_weight_decay: bool = True
+    """true: w *= 1 - wd * lr_t/lr_peak; false: torch's w *= 1 - lr_t * wd"""
+
+
+class ScheduleConfig(Section):
+    """The factor on every learning rate, step by step."""
+
+    name: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """shape after warmup; wsd is flat, then linear over decay_fraction"""
+    warmup_steps: Count = 0
+    """steps of linear warmup from 1/warmup_steps"""
+    final_factor: Fraction = 0.1
+    """factor at the last step (constant ignores it)"""
+    decay_fraction: Fraction = 0.2
+    """wsd: share of all steps spent decaying"""
+
+
+class DataConfig(Section):
+    """What to train on."""
+
+    source: str | list[str] = "python-stdlib"
+    """python-stdlib, or files, folders and globs of text, or one .bin token file"""
+    val_source: str | list[str] | None = None
+    """the same for validation; default: a share of the source's files"""
+    tokenizer: str = "bytes"
+    """bytes, or the path of a Hugging Face tokenizer.json"""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """share of the source held out, by file where there are enough"""
+    cache_dir: str | None = None
+    """where token files are kept; default: umup under the user's cache folder"""
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    steps: Positive = 500
+    """optimizer steps"""
+    batch_size: Positive = 16
+    """sequences per microbatch"""
+    grad_accum: Positive = 1
+    """microbatches per optimizer step"""
+    seed: Count = 0
+    """of the initial weights, the data order and dropout"""
+    eval_every: Positive = 100
+    """steps between evaluations; the last step always evaluates"""
+    eval_batches: Positive = 8
+    """microbatches of an evaluation"""
+    checkpoint_every: Positive = 100
+    """steps between checkpoints; the last step always writes one"""
+    keep_checkpoints: Positive = 2
+    """how many checkpoints stay"""
+    grad_clip: NonNegative = 0.0
+    """clip the global gradient norm, in the units of the plan; 0: no clipping"""
+    compile: bool = False
+    """torch.compile the model"""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one"""
+
+
+class PrecisionConfig(Section):
+    """Number formats."""
+
+    recipe: Literal["fp32", "bf16"] = "fp32"
+    """dtype of activations and products; parameters, gradients and Adam stay float32"""
+
+
+class RunConfig(Section):
+    """A complete run. Sections that are absent take their defaults."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    parametrization: ParametrizationConfig = Field(default_factory=ParametrizationConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        m, s, t = self.model, self.schedule, self.train
+        if m.hidden_size % m.head_dim:
+            raise ValueError(
+                f"model.hidden_size {m.hidden_size} is not a multiple of model.head_dim {m.head_dim}; "
+                f"write model.head_dim: {_divisor_near(m.hidden_size, m.head_dim)}"
+            )
+        heads = m.hidden_size // m.head_dim
+        if m.num_kv_heads is not None and heads % m.num_kv_heads:
+            raise ValueError(f"model.num_kv_heads {m.num_kv_heads} does not divide the {heads} query heads")
+        if s.warmup_steps >= t.steps:
+            raise ValueError(f"schedule.warmup_steps {s.warmup_steps} leaves nothing of train.steps {t.steps}")
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Global tokens of one optimizer step."""
+        return self.train.batch_size * self.train.grad_accum * self.model.max_seq_len
+
+
+def _divisor_near(number: int, wanted: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d))

@@ -1,0 +1,1 @@
+"""Text from a run: generate.py knows ids, completion.py knows text."""

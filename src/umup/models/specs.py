@@ -1,0 +1,189 @@
+"""Config -> shape -> what the rules need to know: parameters, sites, sizes. No torch.
+
+`decoder_specs` and `build.py` describe the same network; a test holds them equal.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from umup.config.sections import BaseShape, ModelConfig, ParametrizationConfig, RunConfig
+from umup.errors import ConfigError
+from umup.models.families import Family, family
+from umup.rules.plan import Plan, make_plan
+from umup.rules.roles import Architecture, OpKind, OpSite, ParamSpec, Role, Sizes
+from umup.rules.schemes import scheme as find_scheme
+
+ACTIVATION_KINDS = {
+    "gated_silu": OpKind.GATED_SILU,
+    "silu": OpKind.SILU,
+    "gelu": OpKind.GELU,
+    "gelu_tanh": OpKind.GELU,
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder with every default filled in."""
+
+    family: Family
+    hidden_size: int
+    num_layers: int
+    head_dim: int
+    num_heads: int
+    num_kv_heads: int
+    intermediate_size: int
+    vocab_size: int
+    max_seq_len: int
+    norm_gain: bool
+    tied: bool
+    rope_theta: float
+    norm_eps: float
+    dropout: float
+
+    @property
+    def kv_size(self) -> int:
+        """Features of all keys, or of all values."""
+        return self.num_kv_heads * self.head_dim
+
+
+def shape_of(model: ModelConfig) -> Shape:
+    """Fill in the family's defaults. Raises ConfigError for an unknown family."""
+    row = family(model.family)
+    heads = model.hidden_size // model.head_dim
+    # Multiples of 16 suit every GEMM, FP8 ones included.
+    inner = model.intermediate_size or 16 * round(row.mlp_ratio * model.hidden_size / 16)
+    return Shape(
+        family=row,
+        hidden_size=model.hidden_size,
+        num_layers=model.num_layers,
+        head_dim=model.head_dim,
+        num_heads=heads,
+        num_kv_heads=model.num_kv_heads or heads,
+        intermediate_size=inner,
+        vocab_size=model.vocab_size,
+        max_seq_len=model.max_seq_len,
+        norm_gain=row.norm_gain if model.norm_gain is None else model.norm_gain,
+        tied=row.tied if model.tie_embeddings is None else model.tie_embeddings,
+        rope_theta=model.rope_theta,
+        norm_eps=model.norm_eps,
+        dropout=model.dropout,
+    )
+
+
+def base_shape_of(shape: Shape, base: BaseShape) -> Shape:
+    """The target's network at the base widths; what `base` leaves out keeps the target's ratio, head_dim its value."""
+    head_dim = base.head_dim or shape.head_dim
+    if base.hidden_size % head_dim:
+        raise ConfigError(
+            f"parametrization.base.hidden_size {base.hidden_size} is not a multiple of the head size {head_dim}; "
+            "write base.head_dim too"
+        )
+    heads = base.hidden_size // head_dim
+    return replace(
+        shape,
+        hidden_size=base.hidden_size,
+        head_dim=head_dim,
+        num_heads=heads,
+        num_kv_heads=base.num_kv_heads or _in_ratio("num_kv_heads", shape.num_kv_heads, heads, shape.num_heads),
+        intermediate_size=base.intermediate_size
+        or _in_ratio("intermediate_size", shape.intermediate_size, base.hidden_size, shape.hidden_size),
+    )
+
+
+def _in_ratio(field: str, number: int, base: int, target: int) -> int:
+    scaled = Fraction(number * base, target)
+    if scaled.denominator != 1:
+        raise ConfigError(
+            f"parametrization.base: model.{field} {number} has no whole share at the base; write base.{field}"
+        )
+    return int(scaled)
+
+
+def decoder_specs(shape: Shape) -> tuple[ParamSpec, ...]:
+    """Every parameter of the decoder, in the order of the forward pass."""
+    return tuple(_parameters(shape))
+
+
+def _parameters(s: Shape) -> Iterator[ParamSpec]:
+    h, bias = s.hidden_size, s.family.biases
+    yield ParamSpec("embed.weight", Role.EMBEDDING, (s.vocab_size, h), s.vocab_size, h)
+    if s.family.positions == "learned":
+        yield ParamSpec("positions.weight", Role.POSITION, (s.max_seq_len, h), s.max_seq_len, h)
+    for i in range(s.num_layers):
+        attn, mlp = f"layers.{i}.attn", f"layers.{i}.mlp"
+        yield from _norm(f"{attn}.norm", s, on_residual=True)
+        yield from _matrix(f"{attn}.q", Role.HIDDEN, h, h, bias)
+        yield from _matrix(f"{attn}.k", Role.HIDDEN, h, s.kv_size, bias)
+        yield from _matrix(f"{attn}.v", Role.HIDDEN, h, s.kv_size, bias)
+        yield from _matrix(f"{attn}.out", Role.HIDDEN_OUT, h, h, bias)
+        yield from _norm(f"{mlp}.norm", s, on_residual=True)
+        if s.family.activation == "gated_silu":
+            yield from _matrix(f"{mlp}.gate", Role.HIDDEN, h, s.intermediate_size, bias)
+        yield from _matrix(f"{mlp}.up", Role.HIDDEN, h, s.intermediate_size, bias)
+        yield from _matrix(f"{mlp}.down", Role.HIDDEN_OUT, s.intermediate_size, h, bias)
+    yield from _norm("norm", s, on_residual=False)
+    role, owner = (Role.TIED_READOUT, "embed.weight") if s.tied else (Role.READOUT, None)
+    yield ParamSpec("head.weight", role, (s.vocab_size, h), h, s.vocab_size, tied_to=owner)
+
+
+def _matrix(name: str, role: Role, fan_in: int, fan_out: int, bias: bool) -> Iterator[ParamSpec]:
+    yield ParamSpec(f"{name}.weight", role, (fan_out, fan_in), fan_in, fan_out, on_residual=True)
+    if bias:
+        yield ParamSpec(f"{name}.bias", Role.BIAS, (fan_out,), fan_in, fan_out, on_residual=True)
+
+
+def _norm(name: str, s: Shape, on_residual: bool) -> Iterator[ParamSpec]:
+    h = s.hidden_size
+    if s.norm_gain:
+        yield ParamSpec(f"{name}.weight", Role.NORM_GAIN, (h,), h, h, on_residual)
+        if s.family.norm == "layer":
+            yield ParamSpec(f"{name}.bias", Role.NORM_BIAS, (h,), h, h, on_residual)
+
+
+def decoder_sites(s: Shape) -> tuple[OpSite, ...]:
+    """Every operation site of the decoder, in execution order."""
+    sites = []
+    if s.family.positions == "learned":
+        sites.append(OpSite("embed.add", OpKind.ADD))
+    if s.dropout:
+        sites.append(OpSite("embed.dropout", OpKind.DROPOUT))
+    for i in range(s.num_layers):
+        branches = (
+            ("attn", "sdpa", OpKind.SDPA, OpKind.RESIDUAL_ATTN),
+            ("mlp", "act", ACTIVATION_KINDS[s.family.activation], OpKind.RESIDUAL_MLP),
+        )
+        for branch, op, kind, residual in branches:
+            sites.append(OpSite(f"layers.{i}.{branch}.{op}", kind))
+            if s.dropout:
+                sites.append(OpSite(f"layers.{i}.{branch}.dropout", OpKind.DROPOUT))
+            sites.append(OpSite(f"layers.{i}.{branch}.residual", residual))
+    return (*sites, OpSite("loss", OpKind.LOSS))
+
+
+def architecture(shape: Shape, tokens: int) -> Architecture:
+    """The decoder as the rules see it; `tokens` is global, per optimizer step."""
+    sizes = Sizes(shape.num_layers, tokens, shape.max_seq_len, shape.head_dim, shape.vocab_size, shape.dropout)
+    return Architecture(decoder_specs(shape), decoder_sites(shape), sizes)
+
+
+def plan_for(config: RunConfig) -> Plan:
+    """The plan of a run: its scheme's table applied to its model. Raises ConfigError and PlanError."""
+    shape, p = shape_of(config.model), config.parametrization
+    tokens = config.tokens_per_step
+    return make_plan(
+        p.scheme,
+        architecture(shape, tokens),
+        None if p.base is None else architecture(base_shape_of(shape, p.base), tokens),
+        optimizer=config.optimizer.name,
+        independent_weight_decay=config.optimizer.independent_weight_decay,
+        hparams=p.hparams,
+        options=p.options,
+    )
+
+
+def plan_under(config: RunConfig, scheme: str) -> Plan:
+    """The plan of the same run under another scheme, at that scheme's defaults."""
+    base = config.parametrization.base if find_scheme(scheme).needs_base else None
+    other = ParametrizationConfig(scheme=scheme, base=base)
+    return plan_for(config.model_copy(update={"parametrization": other}))

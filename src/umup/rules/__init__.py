@@ -1,0 +1,1 @@
+"""The product: parametrizations as tables. Pure data and arithmetic, standard library only."""

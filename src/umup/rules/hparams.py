@@ -1,0 +1,80 @@
+"""What a scheme exposes: hyperparameters to tune and contested choices to name.
+
+A hyperparameter is a number that a search may move and that transfers with the model (or does not: `transfers`
+says so). An option is a choice on which public sources disagree; its default and every alternative name theirs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from umup.errors import PlanError, did_you_mean
+from umup.rules.monomial import Monomial
+from umup.rules.roles import Role
+
+
+@dataclass(frozen=True)
+class HParam:
+    """A tunable number of a scheme; `low` and `high` bound a log-uniform search."""
+
+    name: str
+    default: float
+    low: float
+    high: float
+    transfers: str
+    doc: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One formula of a table and where it comes from."""
+
+    formula: Monomial
+    source: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One alternative of an option: a factor on `depth`, or cells that replace those of the table."""
+
+    doc: str
+    source: str
+    depth_per_layer: float = 1.0
+    cells: Mapping[tuple[Role, str], Cell] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Option:
+    """A contested choice of a scheme."""
+
+    name: str
+    default: str
+    choices: Mapping[str, Choice]
+
+
+def resolve_hparams(scheme: str, known: tuple[HParam, ...], given: Mapping[str, float]) -> dict[str, float]:
+    """Defaults overlaid with what the user gave; an unknown name is a PlanError that names the nearest."""
+    values = {h.name: h.default for h in known}
+    for name, value in given.items():
+        if name not in values:
+            tail = did_you_mean(name, values)
+            raise PlanError(f"parametrization.hparams: scheme {scheme!r} has no hyperparameter {name!r}; {tail}")
+        if not value > 0 or value == float("inf"):
+            raise PlanError(f"parametrization.hparams.{name}: must be a positive number, not {value}")
+        values[name] = float(value)
+    return values
+
+
+def resolve_options(scheme: str, known: tuple[Option, ...], given: Mapping[str, str]) -> dict[str, str]:
+    """Default choices overlaid with what the user gave; unknown names and choices are PlanErrors."""
+    options = {o.name: o for o in known}
+    chosen = {o.name: o.default for o in known}
+    for name, choice in given.items():
+        if name not in options:
+            tail = did_you_mean(name, options) if options else "it has none"
+            raise PlanError(f"parametrization.options: scheme {scheme!r} has no option {name!r}; {tail}")
+        if choice not in options[name].choices:
+            tail = did_you_mean(choice, options[name].choices)
+            raise PlanError(f"parametrization.options.{name}: unknown choice {choice!r}; {tail}")
+        chosen[name] = choice
+    return chosen

@@ -1,0 +1,149 @@
+"""The demo's study: learning-rate lines over three widths in SP and u-muP, transfer, and a run at the widest.
+
+Everything is small enough for two CPU cores, and nothing is special to it: configs, search, planner and trainer are the
+ones that a real study uses. What it reports is measured where it runs.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+
+from umup.config.load import parse_config
+from umup.config.sections import RunConfig
+from umup.study.planner import WidthTransfer, transfer_width
+from umup.study.search import Line, Runner, evaluate, search_lines
+
+
+@dataclass(frozen=True)
+class DemoPlan:
+    """The size of the story. `grids`: log2 learning rates of each scheme's lines; the first width is the proxy."""
+
+    widths: tuple[int, ...]
+    grids: Mapping[str, tuple[float, ...]]
+    steps: int
+    seeds: int
+    final_steps: int
+
+    @property
+    def proxy(self) -> int:
+        """The width where rates are tuned."""
+        return self.widths[0]
+
+
+FULL = DemoPlan(
+    widths=(32, 64, 128),
+    grids={"sp": (-9, -8, -7, -6, -5), "umup": (-1, 0, 1, 2, 3)},
+    steps=160,
+    seeds=3,
+    final_steps=500,
+)
+FAST = DemoPlan(
+    widths=(32, 64),
+    grids={"sp": (-8, -7, -6, -5, -4), "umup": (-1, 0, 1, 2, 3)},
+    steps=60,
+    seeds=2,
+    final_steps=120,
+)
+
+
+def proxy_config(demo: DemoPlan, scheme: str) -> RunConfig:
+    """The proxy: a two-layer llama on the bytes of Python's own library, 1024 tokens a step.
+
+    Norm gains are off where the scheme's papers say so, which is u-muP's precondition for transfer; SP keeps them.
+    """
+    schemes: Mapping[str, dict[str, object]] = {"sp": {}, "umup": {"norm_gain": False}}
+    return parse_config(
+        {
+            "model": {
+                "hidden_size": demo.proxy,
+                "num_layers": 2,
+                "head_dim": 16,
+                "max_seq_len": 64,
+                **schemes[scheme],
+            },
+            "parametrization": {"scheme": scheme},
+            "schedule": {"name": "linear", "warmup_steps": demo.steps // 10, "final_factor": 0.0},
+            "train": {"steps": demo.steps, "batch_size": 16, "eval_every": demo.steps, "eval_batches": 24},
+        }
+    )
+
+
+def at(demo: DemoPlan, scheme: str, width: int) -> Callable[[float, int], RunConfig]:
+    """(lr, seed) -> the scheme's config at a width."""
+
+    def make(lr: float, seed: int) -> RunConfig:
+        config = transfer_width(proxy_config(demo, scheme), lr, width).config
+        return config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
+
+    return make
+
+
+def sweep(demo: DemoPlan, runner: Runner) -> list[WidthTransfer]:
+    """Search every line, then give each width the transferred rate's missing seeds."""
+    labels = {f"{scheme}/{width}": (scheme, width) for width in demo.widths for scheme in demo.grids}
+    makers = {label: at(demo, *key) for label, key in labels.items()}
+    lines = search_lines(runner, makers, {label: list(demo.grids[s]) for label, (s, _) in labels.items()}, demo.seeds)
+    points = {
+        label: {(x, s) for x, seeds in line.losses.items() for s in range(len(seeds))} for label, line in lines.items()
+    }
+    for label, (scheme, _) in labels.items():
+        rate = lines[f"{scheme}/{demo.proxy}"].best
+        points[label] |= {(rate, seed) for seed in range(demo.seeds)}
+    lines = evaluate(runner, makers, points)
+    return [
+        WidthTransfer(scheme, demo.proxy, {width: lines[f"{scheme}/{width}"] for width in demo.widths})
+        for scheme in demo.grids
+    ]
+
+
+def final_config(demo: DemoPlan, transfer: WidthTransfer) -> RunConfig:
+    """The widest model at the transferred rate, trained for longer than the sweep's runs."""
+    config = at(demo, transfer.scheme, demo.widths[-1])(2.0**transfer.rate, 0)
+    steps = demo.final_steps
+    schedule = config.schedule.model_copy(update={"warmup_steps": steps // 10})
+    train = config.train.model_copy(update={"steps": steps, "eval_every": steps // 4, "checkpoint_every": steps // 4})
+    return config.model_copy(update={"schedule": schedule, "train": train})
+
+
+def summary(transfers: Sequence[WidthTransfer]) -> list[str]:
+    """What was measured, in plain words, whatever it is."""
+    lines = []
+    for t in transfers:
+        lines.append(f"{t.scheme}: tuned at width {t.proxy}, best rate 2^{t.rate:g}, loss {_loss(t.lines[t.proxy])}")
+        for width, line in t.lines.items():
+            if width != t.proxy:
+                lines.append(
+                    f"  width {width}: own best rate 2^{line.best:g}, loss {_loss(line)}; optimum moved by "
+                    f"{t.drift(width):+.2f} octaves; not re-tuning {_cost(t.penalty(width))}"
+                )
+    lines.append(_comparison(transfers))
+    return lines
+
+
+def _loss(line: Line) -> str:
+    losses = line.losses[line.best]
+    return f"{line.mean(line.best):.3f} (seeds {min(losses):.3f} to {max(losses):.3f})"
+
+
+def _cost(penalty: tuple[float, ...]) -> str:
+    if not all(map(isfinite, penalty)):
+        return "diverges"
+    average = sum(penalty) / len(penalty)
+    if average == 0:
+        return "costs nothing: it is the same rate"
+    return f"costs {average:+.3f} nats (seeds {min(penalty):+.3f} to {max(penalty):+.3f})"
+
+
+def _comparison(transfers: Sequence[WidthTransfer]) -> str:
+    """One sentence on the widest model: which scheme lost less by transferring, if the seeds can tell."""
+    widest = max(transfers[0].lines)
+    ranked = sorted(transfers, key=lambda t: t.mean_penalty(widest))
+    least, most = ranked[0], ranked[-1]
+    apart = max(least.penalty(widest)) < min(most.penalty(widest))
+    drifts = ", ".join(f"{t.scheme} {t.drift(widest):+.2f}" for t in transfers)
+    if apart:
+        gap = most.mean_penalty(widest) - least.mean_penalty(widest)
+        verdict = f"transferring cost {most.scheme} {gap:.3f} nats more than {least.scheme}, in every seed"
+    else:
+        verdict = "the seeds do not separate what transferring cost the two schemes"
+    return f"from width {transfers[0].proxy} to {widest}: {verdict}; optimum drift in octaves: {drifts}"

@@ -1,0 +1,106 @@
+"""A proxy's result and a target's size -> the target's complete config, with what moved by which rule.
+
+Here: the width rule. Under muP and u-muP the tuned rate is a factor that the target's plan scales per parameter, so the
+number itself is copied; under SP nothing else is known than to copy it too, which is what the comparison shows.
+
+Not covered: depth, batch and length rules, cost.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import mean
+
+from umup.config.sections import BaseShape, RunConfig
+from umup.errors import ConfigError
+from umup.rules.schemes import scheme as find_scheme
+from umup.study.search import Line
+
+
+@dataclass(frozen=True)
+class Move:
+    """One field that changed on the way from proxy to target, and why."""
+
+    field: str
+    before: object
+    after: object
+    rule: str
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """The target's config and what was moved."""
+
+    config: RunConfig
+    moved: tuple[Move, ...]
+
+
+def transfer_width(proxy: RunConfig, lr: float, hidden_size: int) -> Transfer:
+    """The proxy's config at another width, with its tuned peak rate.
+
+    The head size stays and heads are added; an explicit MLP width keeps its ratio. A scheme that is relative to a base
+    gets the proxy as its base, unless it has one already. Raises ConfigError for a width that heads do not divide.
+    """
+    m = proxy.model
+    if hidden_size % m.head_dim:
+        raise ConfigError(f"target hidden_size {hidden_size} is not a multiple of model.head_dim {m.head_dim}")
+    grow = hidden_size / m.hidden_size
+    moved = [
+        Move("model.hidden_size", m.hidden_size, hidden_size, "given"),
+        Move("optimizer.lr", lr, lr, _rate_rule(proxy)),
+    ]
+    model = m.model_copy(update={"hidden_size": hidden_size})
+    if m.intermediate_size is not None:
+        inner = round(m.intermediate_size * grow)
+        model = model.model_copy(update={"intermediate_size": inner})
+        moved.append(Move("model.intermediate_size", m.intermediate_size, inner, "ratio to hidden_size kept"))
+    parametrization = proxy.parametrization
+    if find_scheme(parametrization.scheme).needs_base and parametrization.base is None:
+        base = BaseShape(hidden_size=m.hidden_size, num_layers=m.num_layers, head_dim=m.head_dim)
+        parametrization = parametrization.model_copy(update={"base": base})
+        moved.append(Move("parametrization.base", None, m.hidden_size, "the proxy is the base shape"))
+    optimizer = proxy.optimizer.model_copy(update={"lr": lr})
+    update = {"model": model, "optimizer": optimizer, "parametrization": parametrization}
+    return Transfer(proxy.model_copy(update=update), tuple(moved))
+
+
+def _rate_rule(proxy: RunConfig) -> str:
+    title = find_scheme(proxy.parametrization.scheme).title
+    return (
+        f"copied: {title} scales it per parameter" if _has_width_rule(proxy) else f"copied: {title} has no width rule"
+    )
+
+
+def _has_width_rule(config: RunConfig) -> bool:
+    rows = find_scheme(config.parametrization.scheme).rows.values()
+    return any("fan" in str(cell.formula) for row in rows for cell in row.lr.values())
+
+
+@dataclass(frozen=True)
+class WidthTransfer:
+    """How a scheme's learning rate transferred over widths; everything is measured, in nats and octaves.
+
+    `drift[w]` is log2 of the optimum at width w over the proxy's (parabola fit); `penalty[w]` the loss lost at w by
+    using the proxy's best grid rate instead of its own, one number per paired seed.
+    """
+
+    scheme: str
+    proxy: int
+    lines: Mapping[int, Line]
+
+    @property
+    def rate(self) -> float:
+        """The proxy's best log2 lr: what is transferred."""
+        return self.lines[self.proxy].best
+
+    def drift(self, width: int) -> float:
+        """Octaves between the optimum at `width` and the proxy's."""
+        return self.lines[width].optimum - self.lines[self.proxy].optimum
+
+    def penalty(self, width: int) -> tuple[float, ...]:
+        """Loss at the transferred rate minus loss at the width's own best rate, per seed that both have."""
+        line = self.lines[width]
+        return tuple(a - b for a, b in zip(line.losses[self.rate], line.losses[line.best], strict=False))
+
+    def mean_penalty(self, width: int) -> float:
+        """The mean of `penalty`."""
+        return mean(self.penalty(width))

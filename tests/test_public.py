@@ -1,0 +1,58 @@
+"""The public names, the command table and the config keys, pinned as literals."""
+
+from pathlib import Path
+
+import umup
+from umup.cli.main import COMMANDS
+from umup.config.sections import RunConfig
+
+
+def test_public_names():
+    assert umup.__all__ == [
+        "__version__",
+        "ConfigError",
+        "InputError",
+        "Monomial",
+        "ParamSpec",
+        "Plan",
+        "PlanError",
+        "Role",
+        "RunConfig",
+        "RunError",
+        "SCHEMES",
+        "Sampling",
+        "UmupError",
+        "build",
+        "load_config",
+        "load_run",
+        "param_groups",
+        "plan_for",
+        "run_training",
+    ]
+
+
+def test_public_names_load():
+    for name in umup.__all__:
+        assert getattr(umup, name) is not None
+
+
+def test_no_public_name_is_a_subpackage():
+    """`import umup.train.loop` would put the package over a public function of that name."""
+    packages = {p.name for p in Path(umup.__file__).parent.iterdir()}
+    assert not packages & set(umup.__all__)
+
+
+def test_commands():
+    assert list(COMMANDS) == ["demo", "train", "generate", "data", "explain"]
+
+
+def test_config_sections():
+    assert list(RunConfig.model_fields) == [
+        "model",
+        "parametrization",
+        "optimizer",
+        "schedule",
+        "data",
+        "train",
+        "precision",
+    ]

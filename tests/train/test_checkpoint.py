@@ -1,0 +1,91 @@
+"""Checkpoints: complete, atomic, verified, refused by name."""
+
+import shutil
+
+import pytest
+import torch
+
+from umup.checkpoint import RunState, load_checkpoint, load_latest, load_weights, save_checkpoint
+from umup.errors import CheckpointError
+
+
+def state(step):
+    generator = torch.Generator().manual_seed(step)
+    weight = torch.randn(3, 4, generator=generator)
+    return RunState(
+        step,
+        {"epoch": 1, "position": step},
+        {"a.weight": weight},
+        {"exp_avg/a.weight": weight * 2, "step/a.weight": torch.tensor(float(step))},
+        {"cpu": torch.get_rng_state()},
+    )
+
+
+def same(a, b):
+    assert (a.step, a.data) == (b.step, b.data)
+    for part in ("model", "optimizer", "rng"):
+        left, right = getattr(a, part), getattr(b, part)
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[k], right[k]) for k in left)
+
+
+def test_round_trip(tmp_path):
+    folder = save_checkpoint(tmp_path, state(7), keep=2)
+    assert folder.name == "step-00000007"
+    same(load_checkpoint(folder), state(7))
+    assert {p.suffix for p in folder.iterdir()} == {".safetensors", ".json"}
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, state(step), keep=2)
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000002", "step-00000003"]
+
+
+def test_no_checkpoint_is_not_an_error(tmp_path):
+    assert load_latest(tmp_path) == (None, [])
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def alter(path):
+    body = bytearray(path.read_bytes())
+    body[-1] ^= 1
+    path.write_bytes(bytes(body))
+
+
+@pytest.mark.parametrize("damage", [truncate, alter, lambda p: p.unlink()], ids=["truncated", "altered", "missing"])
+@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "state.json", "manifest.json"])
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(tmp_path, damage, name):
+    save_checkpoint(tmp_path, state(1), keep=2)
+    damage(save_checkpoint(tmp_path, state(2), keep=2) / name)
+    loaded, refused = load_latest(tmp_path)
+    same(loaded, state(1))
+    assert len(refused) == 1
+    assert "step-00000002" in refused[0]
+    assert name in refused[0]
+
+
+def test_all_damaged_is_an_error(tmp_path):
+    truncate(save_checkpoint(tmp_path, state(1), keep=2) / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"step-00000001.*model\.safetensors"):
+        load_latest(tmp_path)
+
+
+def test_a_half_written_checkpoint_does_not_count(tmp_path):
+    good = save_checkpoint(tmp_path, state(1), keep=2)
+    shutil.copytree(good, good.with_name(".step-00000002"))
+    loaded, refused = load_latest(tmp_path)
+    assert (loaded.step, refused) == (1, [])
+    save_checkpoint(tmp_path, state(2), keep=2)
+    same(load_latest(tmp_path)[0], state(2))
+
+
+def test_weights_that_do_not_fit_are_all_named():
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 3, bias=False), "b": torch.nn.Linear(1, 1, bias=False)})
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(model, {"a.weight": torch.zeros(3, 5), "c.weight": torch.zeros(1)}, "here")
+    for fault in ("a.weight has shape (3, 5)", "b.weight is missing", "c.weight is not in the model"):
+        assert fault in str(caught.value)
