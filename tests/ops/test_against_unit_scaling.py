@@ -137,7 +137,7 @@ def test_residual(dtype, batch, width, tau):
     branch, skip = tau / (1 + tau**2) ** 0.5, 1 / (1 + tau**2) ** 0.5
 
     def ours(x, w):
-        f, s = residual_split(x, branch)
+        f, s = residual_split(x, branch, skip)
         return residual_add((f * w).sin(), s, branch, 1.0, skip)
 
     def theirs(x, w):

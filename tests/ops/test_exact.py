@@ -27,7 +27,7 @@ def ids(rows, *shape):
 
 
 def residual(x, w, branch, skip_weight, split_grad, branch_grad):
-    inside, skip = residual_split(x, split_grad)
+    inside, skip = residual_split(x, split_grad, skip_weight)
     return residual_add(torch.sin(inside * w), skip, branch, branch_grad, skip_weight)
 
 
@@ -121,7 +121,7 @@ def test_scale_fwd_and_scale_bwd_leave_the_other_direction_alone():
 def test_factors_of_one_do_nothing_at_all():
     x, y = leaf(3, 4), leaf(3, 4)
     assert scale(x, 1.0, 1.0) is x
-    assert residual_split(x, 1.0)[0] is x
+    assert residual_split(x, 1.0, 1.0)[0] is x
     assert dropout(x, 0.0, 1.0, True).data_ptr() == x.data_ptr()
     out = residual_add(x, y, 1.0, 1.0, 1.0)
     assert torch.equal(out, x + y)

@@ -21,7 +21,7 @@ KV_HEADS = (BATCH, 2, LENGTH, WIDTH)
 
 
 def residual(x, w):
-    inside, skip = residual_split(x, 0.3)
+    inside, skip = residual_split(x, 0.3, 0.8)
     return residual_add(torch.sin(inside * w), skip, 0.6, 1.1, 0.8)
 
 

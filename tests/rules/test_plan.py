@@ -11,7 +11,7 @@ from umup.config.sections import ModelConfig
 from umup.errors import PlanError
 from umup.models.families import FAMILIES
 from umup.models.specs import architecture, shape_of
-from umup.rules.explain import LAYER, diff_text, explain_rows
+from umup.rules.explain import LAYER, diff_text, parameter_rows, site_rows
 from umup.rules.opscales import Value
 from umup.rules.plan import STORAGE_QUANTITIES, USE_QUANTITIES, OpPlan, ParamPlan, Plan, make_plan
 from umup.rules.roles import Architecture, OpKind, OpSite, ParamSpec, Role, Sizes
@@ -337,14 +337,14 @@ def test_a_difference_names_both_sides():
 @every_plan
 def test_explain_mentions_every_parameter_and_site_once(scheme, family, dropout):
     p = plan(scheme, family, dropout=dropout)
-    shown = [(row.name, row.quantity) for row in explain_rows(p)]
-    assert len(shown) == len(set(shown))
-    entries: dict[str, ParamPlan | OpPlan] = {**p.params, **p.ops}
-    for name, entry in entries.items():
-        for quantity in entry.values:
-            assert sum((n, quantity) in shown for n in {name, LAYER.sub("*", name)}) == 1
+    for entries, rows in ((p.params, parameter_rows(p)), (p.ops, site_rows(p))):
+        shown = [row.name for row in rows]
+        assert len(shown) == len(set(shown))
+        for name, entry in entries.items():
+            (row,) = (r for r in rows if r.name in {name, LAYER.sub("*", name)})
+            assert row.values == entry.values
     text = p.explain()
-    assert all(name in text for name, _ in shown)
+    assert all(row.name in text for row in [*parameter_rows(p), *site_rows(p)])
     assert "layers.*.attn.q.weight" in text
     assert "layers.0.attn.q.weight" not in text
 
@@ -354,12 +354,13 @@ def test_explain_shows_layers_apart_where_they_differ():
     assert "layers.*.mlp.residual" in plan("mup").explain()
 
 
-def test_explain_shows_number_rule_and_source_in_one_row():
-    line = next(
-        x for x in plan("umup").explain().splitlines() if x.startswith("layers.*.mlp.up.weight") and " lr " in x
-    )
-    for part in ("0.0589256", "1/(sqrt(depth)*sqrt(fan_in))", "2407.17465 table 2", "app. G"):
-        assert part in line
+def test_explain_shows_the_number_by_name_and_its_rule_and_source_by_role():
+    lines = plan("umup").explain().splitlines()
+    (number,) = (x for x in lines if x.startswith("layers.*.mlp.up.weight"))
+    assert "0.0589256" in number
+    (rule,) = (x for x in lines if x.split()[:2] == ["hidden", "lr"])
+    for part in ("1/(sqrt(depth)*sqrt(fan_in))", "2407.17465", "app. G"):
+        assert part in rule
 
 
 def test_diff_text_collapses_layers():

@@ -18,11 +18,12 @@ PROMPT = "def "
 
 
 def run(arguments: list[str]) -> int:
-    """Sweep, transfer, train, generate, plot, and say what was measured."""
+    """Sweep, transfer, train, check, generate, plot, and say what was measured."""
     parser = Parser(
         "demo",
         "Tune the learning rate of a small proxy, carry it to wider models, in SP and in u-muP, on the text of this\n"
-        "Python's own library; train the widest, let it write, draw the figure. Interrupt and repeat: it goes on.",
+        "Python's own library; check that it held, train the widest, let it write, draw the figure.\n"
+        "Interrupt it and repeat the command: it goes on.",
     )
     parser.add_argument("--fast", action="store_true", help="a smaller story, under a minute")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="where all of it goes")
@@ -64,13 +65,23 @@ def _story(out: Path, fast: bool, workers: int, as_json: bool) -> int:
     losses = _train_and_write(demo, transfers, out, say)
     measured = summary(transfers)
     (out / "summary.txt").write_text("\n".join(measured) + "\n", encoding="utf-8")
-    say("4. what was measured here:")
+    say("4. the check, and what was measured here:")
     for line in measured:
         say(f"   {line}")
     say(f"figure {out / 'transfer.png'}, numbers {out / 'transfer.csv'}; {perf_counter() - began:.0f} s")
     if as_json:
         rates = {t.scheme: {w: line.best for w, line in t.lines.items()} for t in transfers}
-        print(json.dumps({"best_log2_lr": rates, "val_loss": losses, "summary": measured, "out": str(out)}))
+        print(
+            json.dumps(
+                {
+                    "best_log2_lr": rates,
+                    "val_loss": losses,
+                    "verdict": {t.scheme: t.verdict for t in transfers},
+                    "summary": measured,
+                    "out": str(out),
+                }
+            )
+        )
     return 0
 
 

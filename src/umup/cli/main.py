@@ -34,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(error, 2)
     except RunError as error:
         return _complain(error, 3)
+    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+        sys.stdout = None
+        return 0
     except OSError as error:
         return _complain(error, 3)
     except KeyboardInterrupt:

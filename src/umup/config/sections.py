@@ -129,7 +129,7 @@ class TrainConfig(Section):
     """sequences per microbatch"""
     grad_accum: Positive = 1
     """microbatches per optimizer step"""
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """of the initial weights, the data order and dropout"""
     eval_every: Positive = 100
     """steps between evaluations; the last step always evaluates"""

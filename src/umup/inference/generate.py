@@ -30,6 +30,8 @@ class Sampling:
             raise InputError(f"--top-k must be 0 or more, not {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"--top-p must be above 0 and at most 1, not {self.top_p}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"--seed must be 0 or more and below 2^63, not {self.seed}")
 
 
 @torch.inference_mode()
@@ -62,7 +64,8 @@ def pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """One id from logits (vocab)."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    scores = logits.cpu() / sampling.temperature
+    scores = logits.cpu().double()
+    scores = (scores - scores.max()) / sampling.temperature  # no temperature above 0 makes this overflow to NaN
     if sampling.top_k:
         floor = scores.topk(min(sampling.top_k, len(scores))).values[-1]
         scores = scores.masked_fill(scores < floor, -torch.inf)

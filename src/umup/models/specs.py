@@ -50,6 +50,8 @@ class Shape:
 def shape_of(model: ModelConfig) -> Shape:
     """Fill in the family's defaults. Raises ConfigError for an unknown family."""
     row = family(model.family)
+    if row.positions == "rotary" and model.head_dim % 2:
+        raise ConfigError(f"model.head_dim {model.head_dim} is odd, and rotary positions turn pairs; write an even one")
     heads = model.hidden_size // model.head_dim
     # Multiples of 16 suit every GEMM, FP8 ones included.
     inner = model.intermediate_size or 16 * round(row.mlp_ratio * model.hidden_size / 16)

@@ -118,7 +118,7 @@ class Residual(nn.Module):
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(branch input, skip)."""
-        return residual_split(x, self.split_grad)
+        return residual_split(x, self.split_grad, self.skip)
 
     def add(self, out: Tensor, skip: Tensor) -> Tensor:
         """The weighted sum."""

@@ -15,7 +15,7 @@ def _product(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     """`alpha * a @ b`, for matrices or stacks of matrices."""
     if alpha == 1.0:
         return a @ b
-    nothing = a.new_zeros(())
+    nothing = a.new_empty(())
     return (torch.addmm if a.ndim == 2 else torch.baddbmm)(nothing, a, b, beta=0.0, alpha=alpha)
 
 

@@ -49,6 +49,8 @@ def draw(transfers: Sequence[WidthTransfer], path: Path, title: str) -> None:
 
 
 def _panel(ax: "Axes", transfer: WidthTransfer) -> None:
+    from matplotlib.ticker import MultipleLocator
+
     for (width, line), colour, marker in zip(transfer.lines.items(), COLOURS, MARKERS, strict=False):
         grid = [x for x in line.losses if isfinite(line.mean(x))]
         label = f"width {width}" + (" (proxy)" if width == transfer.proxy else "")
@@ -63,6 +65,7 @@ def _panel(ax: "Axes", transfer: WidthTransfer) -> None:
     ax.axvline(transfer.rate, color="0.6", linestyle=":", linewidth=1, zorder=0)
     ax.set_title(transfer.scheme)
     ax.set_xlabel("log2 learning rate")
+    ax.xaxis.set_major_locator(MultipleLocator(1))
     ax.grid(alpha=0.25)
     ax.legend(frameon=False, fontsize=8)
 

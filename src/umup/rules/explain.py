@@ -1,73 +1,91 @@
-"""A plan for human eyes: layers that agree collapse into one row, every number with its rule and source."""
+"""A plan for human eyes: numbers by name, layers that agree collapsed, then every rule behind them with its source."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from umup.rules.opscales import Value
-from umup.rules.plan import Plan
+from umup.rules.plan import STORAGE_QUANTITIES, USE_QUANTITIES, Plan
 
 LAYER = re.compile(r"(?<=layers\.)\d+")
+COLUMNS = ("init_std", *USE_QUANTITIES, *(q for q in STORAGE_QUANTITIES if not q.startswith("init")))
 
 
 @dataclass(frozen=True)
 class ExplainRow:
-    """One number of a plan; `name` stands for every layer where it holds."""
+    """All numbers of a parameter or site; `name` stands for every layer where they hold."""
 
     name: str
     role: str
-    quantity: str
-    number: float
-    rule: str
-    source: str
+    values: Mapping[str, Value]
 
 
-def explain_rows(plan: Plan) -> list[ExplainRow]:
-    """Every number of the plan, parameters first; layers that agree on all numbers are one row."""
-    params = {name: (str(p.spec.role), p.values) for name, p in plan.params.items()}
-    ops = {name: (str(op.site.kind), op.values) for name, op in plan.ops.items()}
-    return [*_rows(params), *_rows(ops)]
+def parameter_rows(plan: Plan) -> list[ExplainRow]:
+    """The plan's parameters; layers that agree on all numbers are one row."""
+    return list(_collapse({name: (str(p.spec.role), p.values) for name, p in plan.params.items()}))
+
+
+def site_rows(plan: Plan) -> list[ExplainRow]:
+    """The plan's operation sites, likewise."""
+    return list(_collapse({name: (str(op.site.kind), op.values) for name, op in plan.ops.items()}))
 
 
 def explain_text(plan: Plan) -> str:
-    """The rows of `explain_rows` as an aligned table, gradients and exact ones left out where they say nothing."""
-    lines = [f"scheme {plan.scheme}, optimizer {plan.optimizer}, {_settings(plan)}", ""]
-    header = ("name", "role", "quantity", "value", "rule", "source")
-    cells = [(r.name, r.role, r.quantity, f"{r.number:.6g}", r.rule, r.source) for r in explain_rows(plan)]
-    widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
-    lines += [
-        "  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in [header, *cells]
-    ]
-    return "\n".join(lines)
+    """The plan as three aligned tables: parameters, sites, and the rule and source of every number."""
+    params, sites = parameter_rows(plan), site_rows(plan)
+    numbers = [(r.name, r.role, *(_number(_initial(r.values).get(q)) for q in COLUMNS)) for r in params]
+    at_sites = [(r.name, r.role, "  ".join(f"{q} {v.number:.6g}" for q, v in r.values.items())) for r in sites]
+    rules = dict.fromkeys((r.role, q, v.rule, v.source) for r in [*params, *sites] for q, v in r.values.items())
+    tables = (
+        table([("parameter", "role", *COLUMNS), *numbers]),
+        table([("site", "kind", "numbers"), *at_sites]),
+        table([("role", "quantity", "rule", "source"), *rules]),
+    )
+    return "\n\n".join([_headline(plan), *tables])
 
 
 def diff_text(left: Plan, right: Plan) -> str:
-    """Where two plans differ, layers collapsed; columns name the plans' schemes."""
-    rows: dict[tuple[str, str, str, str], None] = {}
-    for name, quantity, a, b in left.diff(right):
-        rows[LAYER.sub("*", name), quantity, _number(a), _number(b)] = None
-    table = [("name", "quantity", left.scheme, right.scheme), *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(4)]
-    return "\n".join("  ".join(t.ljust(w) for t, w in zip(row, widths, strict=True)).rstrip() for row in table)
+    """Where two plans differ, layers collapsed; the number columns are named after the plans' schemes."""
+    rows = dict.fromkeys((LAYER.sub("*", n), q, _plain(a), _plain(b)) for n, q, a, b in left.diff(right))
+    if not rows:
+        return f"{left.scheme} and {right.scheme} agree on every number here"
+    return table([("name", "quantity", left.scheme, right.scheme), *rows])
 
 
-def _rows(entries: Mapping[str, tuple[str, Mapping[str, Value]]]) -> Iterable[ExplainRow]:
+def table(rows: Iterable[tuple[str, ...]]) -> str:
+    """Left-aligned columns, two spaces apart."""
+    cells = list(rows)
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    return "\n".join("  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+def _collapse(entries: Mapping[str, tuple[str, Mapping[str, Value]]]) -> Iterator[ExplainRow]:
     patterns: dict[str, list[str]] = {}
     for name in entries:
         patterns.setdefault(LAYER.sub("*", name), []).append(name)
     for pattern, names in patterns.items():
         same = all(entries[n][1] == entries[names[0]][1] for n in names)
         for shown, name in [(pattern, names[0])] if same else [(n, n) for n in names]:
-            role, values = entries[name]
-            for quantity, value in values.items():
-                yield ExplainRow(shown, role, quantity, value.number, value.rule, value.source)
+            yield ExplainRow(shown, *entries[name])
 
 
-def _settings(plan: Plan) -> str:
+def _initial(values: Mapping[str, Value]) -> dict[str, Value]:
+    """Constant initial values (a gain's 1) stand in the init column, in place of their std of zero."""
+    shown = dict(values)
+    if "init_std" in shown and shown["init_std"].number == 0:
+        shown["init_std"] = Value(shown["init_mean"].number, "constant", shown["init_mean"].source)
+    return shown
+
+
+def _headline(plan: Plan) -> str:
     decay = "independent" if plan.independent_weight_decay else "lr-coupled"
-    given = {**plan.hparams, **plan.options}
-    return ", ".join([f"{decay} weight decay", *(f"{k} {v}" for k, v in given.items())])
+    given = ", ".join(f"{name} {value}" for name, value in {**plan.hparams, **plan.options}.items())
+    return f"scheme {plan.scheme}, optimizer {plan.optimizer}, {decay} weight decay\n{given}"
 
 
-def _number(value: float | None) -> str:
+def _number(value: Value | None) -> str:
+    return _plain(None if value is None else value.number)
+
+
+def _plain(value: float | None) -> str:
     return "-" if value is None else f"{value:.6g}"

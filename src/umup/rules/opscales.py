@@ -20,7 +20,7 @@ from math import exp, log, pi, sqrt
 from umup.rules.roles import OpKind, OpSite, Sizes
 
 UMUP_G = "2407.17465 app. G"
-UMUP_OPS = "2407.17465 table 8 (app. B)"
+UMUP_OPS = "2407.17465 app. B; the unit-scaling library"
 TRUE_GRADIENT = "exact gradient of the mean loss"
 
 

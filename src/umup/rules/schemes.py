@@ -139,9 +139,7 @@ MUP = Scheme(
     hparams=(
         SIGMA_INIT,
         HParam("alpha_emb", 1.0, 0.1, 100.0, "across width", "multiplier of the embedding", "2203.03466 app. F.4"),
-        HParam(
-            "eta_emb", 1.0, 0.1, 10.0, "across width", "learning-rate factor of the embedding", "2407.17465 table 3"
-        ),
+        HParam("eta_emb", 1.0, 0.1, 10.0, "across width", "learning-rate factor of the embedding", "2407.17465"),
         HParam("alpha_attn", 1.0, 0.25, 4.0, "across width", "multiplier of attention logits", "2203.03466 app. F.4"),
         HParam("alpha_out", 1.0, 0.1, 10.0, "across width", "multiplier of the output logits", "2203.03466 app. F.4"),
     ),
@@ -172,7 +170,7 @@ MUP = Scheme(
 
 # --- u-muP: unit-scaled muP -------------------------------------------------------------------------------------
 
-U = "2407.17465 table 2"
+U = "2407.17465 abc table"
 U_GRAD = "2407.17465 app. B"
 PER_TOKEN = power("tokens", "-1/2")
 # Each row of a lookup table sees tokens/fan_in gradients.
@@ -181,7 +179,7 @@ INV_SQRT_IN = power("fan_in", "-1/2")
 
 
 def _alpha(name: str, doc: str) -> HParam:
-    return HParam(name, 1.0, 0.125, 8.0, "across width, depth, batch and length (2407.17465 fig. 4)", doc, U)
+    return HParam(name, 1.0, 0.125, 8.0, "across width, depth, batch and length (2407.17465)", doc, U)
 
 
 _umup_lookup = _row(U, ONE, lr=power("fan_out", "-1/2"), grad_weight=PER_LOOKUP)

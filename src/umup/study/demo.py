@@ -10,7 +10,7 @@ from math import isfinite
 
 from umup.config.load import parse_config
 from umup.config.sections import RunConfig
-from umup.study.planner import WidthTransfer, transfer_width
+from umup.study.planner import TOLERANCE, WidthTransfer, transfer_width
 from umup.study.search import Line, Runner, evaluate, search_lines
 
 
@@ -34,16 +34,23 @@ FULL = DemoPlan(
     widths=(32, 64, 128),
     grids={"sp": (-9, -8, -7, -6, -5), "umup": (-1, 0, 1, 2, 3)},
     steps=160,
-    seeds=3,
+    seeds=4,
     final_steps=500,
 )
 FAST = DemoPlan(
     widths=(32, 64),
     grids={"sp": (-8, -7, -6, -5, -4), "umup": (-1, 0, 1, 2, 3)},
-    steps=60,
+    steps=50,
     seeds=2,
-    final_steps=120,
+    final_steps=100,
 )
+
+
+VERDICTS = {
+    "pass": "each width's own best rate is within one grid step of the proxy's",
+    "fail": f"a width's best rate is farther than one grid step, and costs over {TOLERANCE} nats in every seed",
+    "undecided": f"a width's best rate is farther than one grid step, but costs under {TOLERANCE} nats in some seed",
+}
 
 
 def proxy_config(demo: DemoPlan, scheme: str) -> RunConfig:
@@ -109,13 +116,15 @@ def summary(transfers: Sequence[WidthTransfer]) -> list[str]:
     """What was measured, in plain words, whatever it is."""
     lines = []
     for t in transfers:
-        lines.append(f"{t.scheme}: tuned at width {t.proxy}, best rate 2^{t.rate:g}, loss {_loss(t.lines[t.proxy])}")
+        proxy = t.lines[t.proxy]
+        lines.append(f"{t.scheme}: tuned at width {t.proxy}, best rate {_best(proxy)}, loss {_loss(proxy)}")
         for width, line in t.lines.items():
             if width != t.proxy:
+                lines.append(f"  width {width}: own best rate {_best(line)}, loss {_loss(line)}")
                 lines.append(
-                    f"  width {width}: own best rate 2^{line.best:g}, loss {_loss(line)}; optimum moved by "
-                    f"{t.drift(width):+.2f} octaves; not re-tuning {_cost(t.penalty(width))}"
+                    f"    optimum moved by {t.drift(width):+.2f} octaves; not re-tuning {_cost(t.penalty(width))}"
                 )
+        lines.append(f"  transfer check: {t.verdict.upper()} ({VERDICTS[t.verdict]})")
     lines.append(_comparison(transfers))
     return lines
 
@@ -125,12 +134,16 @@ def _loss(line: Line) -> str:
     return f"{line.mean(line.best):.3f} (seeds {min(losses):.3f} to {max(losses):.3f})"
 
 
+def _best(line: Line) -> str:
+    return f"2^{line.best:g}" + (" (on the edge of the grid: the optimum may lie beyond)" if line.on_edge else "")
+
+
 def _cost(penalty: tuple[float, ...]) -> str:
     if not all(map(isfinite, penalty)):
         return "diverges"
-    average = sum(penalty) / len(penalty)
-    if average == 0:
+    if not any(penalty):
         return "costs nothing: it is the same rate"
+    average = sum(penalty) / len(penalty)
     return f"costs {average:+.3f} nats (seeds {min(penalty):+.3f} to {max(penalty):+.3f})"
 
 
@@ -140,8 +153,11 @@ def _comparison(transfers: Sequence[WidthTransfer]) -> str:
     ranked = sorted(transfers, key=lambda t: t.mean_penalty(widest))
     least, most = ranked[0], ranked[-1]
     apart = max(least.penalty(widest)) < min(most.penalty(widest))
+    diverged = [t.scheme for t in transfers if not all(map(isfinite, t.penalty(widest)))]
     drifts = ", ".join(f"{t.scheme} {t.drift(widest):+.2f}" for t in transfers)
-    if apart:
+    if diverged:
+        verdict = f"the transferred rate diverged under {' and '.join(diverged)}"
+    elif apart:
         gap = most.mean_penalty(widest) - least.mean_penalty(widest)
         verdict = f"transferring cost {most.scheme} {gap:.3f} nats more than {least.scheme}, in every seed"
     else:

@@ -9,11 +9,16 @@ Not covered: depth, batch and length rules, cost.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import mean
+from typing import Literal
 
+from umup.config.load import parse_config
 from umup.config.sections import BaseShape, RunConfig
 from umup.errors import ConfigError
 from umup.rules.schemes import scheme as find_scheme
 from umup.study.search import Line
+
+Verdict = Literal["pass", "fail", "undecided"]
+TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,8 @@ def transfer_width(proxy: RunConfig, lr: float, hidden_size: int) -> Transfer:
         moved.append(Move("parametrization.base", None, m.hidden_size, "the proxy is the base shape"))
     optimizer = proxy.optimizer.model_copy(update={"lr": lr})
     update = {"model": model, "optimizer": optimizer, "parametrization": parametrization}
-    return Transfer(proxy.model_copy(update=update), tuple(moved))
+    target = parse_config(proxy.model_copy(update=update).model_dump())  # a copy is not validated
+    return Transfer(target, tuple(moved))
 
 
 def _rate_rule(proxy: RunConfig) -> str:
@@ -100,6 +106,16 @@ class WidthTransfer:
         """Loss at the transferred rate minus loss at the width's own best rate, per seed that both have."""
         line = self.lines[width]
         return tuple(a - b for a, b in zip(line.losses[self.rate], line.losses[line.best], strict=False))
+
+    @property
+    def verdict(self) -> Verdict:
+        """pass: every width's own best rate is within one grid step of the transferred one. fail: some width's is not,
+        and the transferred rate costs it more than TOLERANCE nats in every seed. undecided: neither.
+        """
+        far = [w for w, line in self.lines.items() if abs(line.best - self.rate) > line.step]
+        if not far:
+            return "pass"
+        return "fail" if any(min(self.penalty(w)) > TOLERANCE for w in far) else "undecided"
 
     def mean_penalty(self, width: int) -> float:
         """The mean of `penalty`."""

@@ -15,11 +15,13 @@ from math import inf, isfinite
 from statistics import mean
 
 from umup.config.sections import RunConfig
+from umup.data.tokens import TokenFiles, prepare
 from umup.errors import DivergedError
 from umup.study.journal import Journal, Trial, key_of
 
 MakeConfig = Callable[[float, int], RunConfig]
 Observe = Callable[[int, int], None]
+ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,14 @@ class Line:
 
     @property
     def best(self) -> float:
-        """The log2 lr of the lowest mean loss, among the rates that have the most seeds."""
-        most = max(len(seeds) for seeds in self.losses.values())
-        return min((x for x, seeds in self.losses.items() if len(seeds) == most), key=self.mean)
+        """The log2 lr of the lowest mean loss."""
+        return min(self.losses, key=self.mean)
+
+    @property
+    def step(self) -> float:
+        """The grid's spacing, in octaves."""
+        low, second, *_ = sorted(self.losses)
+        return second - low
 
     @property
     def optimum(self) -> float:
@@ -48,9 +55,8 @@ class Line:
         low, mid, high = (self.mean(grid[j]) for j in (i - 1, i, i + 1))
         if not (isfinite(low) and isfinite(high)) or low + high <= 2 * mid:
             return self.best
-        step = grid[i + 1] - grid[i]
-        offset = 0.5 * step * (low - high) / (low - 2 * mid + high)
-        return self.best + min(max(offset, -step / 2), step / 2)
+        offset = 0.5 * self.step * (low - high) / (low - 2 * mid + high)
+        return self.best + min(max(offset, -self.step / 2), self.step / 2)
 
     @property
     def on_edge(self) -> bool:
@@ -93,12 +99,19 @@ class Runner:
         return [trial for trial in trials if trial is not None]
 
 
+_prepared: dict[tuple[str, int, int], TokenFiles] = {}
+
+
 def run_trial(config: RunConfig) -> Trial:
-    """One run, nothing written; divergence is a result."""
+    """One run, nothing written; divergence is a result. A worker prepares each corpus once."""
     from umup.train.loop import run_training
 
+    batch = config.train.batch_size * config.model.max_seq_len + 1
+    data = (config.data.model_dump_json(), config.model.vocab_size, batch)
+    if data not in _prepared:
+        _prepared[data] = prepare(config.data, *data[1:])
     try:
-        result = run_training(config)
+        result = run_training(config, files=_prepared[data])
     except DivergedError:
         return Trial(key_of(config), inf, inf)
     return Trial(key_of(config), result.val_loss, result.train_loss)
@@ -122,26 +135,25 @@ def search_lines(
     """Search several lines at once, so that the pool never idles between them.
 
     `lines` maps a label to (lr, seed) -> config, `grid` to its log2 rates, evenly spaced. One seed everywhere; while a
-    line's best is on its edge the grid grows by a step there (four times at most); then `seeds` seeds at the best rate
-    and its neighbours.
+    line's best is on its edge the grid grows by a step there, and the best rate and its neighbours get `seeds` seeds,
+    until the best by mean has them. After ROUNDS rounds a line may still end on its edge: `on_edge` tells.
     """
     points = {label: {(x, 0) for x in grid[label]} for label in lines}
-    step = {label: grid[label][1] - grid[label][0] for label in lines}
-    for _ in range(5):
+    for _ in range(ROUNDS):
         found = evaluate(runner, lines, points)
-        outside = {label: _beyond(line, step[label]) for label, line in found.items() if line.on_edge}
-        if not outside:
+        missing = {label: _wanted(line, seeds) - points[label] for label, line in found.items()}
+        if not any(missing.values()):
             break
-        for label, x in outside.items():
-            points[label].add((x, 0))
-    for label, line in found.items():
-        near = {line.best + k * step[label] for k in (-1, 0, 1)} & set(line.losses)
-        points[label] |= {(x, seed) for x in near for seed in range(seeds)}
+        for label in lines:
+            points[label] |= missing[label]
     return evaluate(runner, lines, points)
 
 
-def _beyond(line: Line, step: float) -> float:
-    return line.best - step if line.best == min(line.losses) else line.best + step
+def _wanted(line: Line, seeds: int) -> set[tuple[float, int]]:
+    """What a line needs beside what it has: a point beyond its edge, or else seeds around its best."""
+    if line.on_edge:
+        return {(line.best - line.step if line.best == min(line.losses) else line.best + line.step, 0)}
+    return {(line.best + k * line.step, seed) for k in (-1, 0, 1) for seed in range(seeds)}
 
 
 def evaluate(

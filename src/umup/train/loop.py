@@ -12,14 +12,14 @@ import torch
 from umup.checkpoint import RunState, load_latest, load_weights, save_checkpoint, save_model
 from umup.config.sections import RunConfig
 from umup.data.batches import Batches
-from umup.data.tokens import prepare
+from umup.data.tokens import TokenFiles, prepare
 from umup.models.build import build
 from umup.models.specs import plan_for
 from umup.optim.groups import load_state_tensors, param_groups, state_tensors
 from umup.optim.schedule import apply_factor, factor
 from umup.train.metrics import Metrics, append_metrics, final_losses, rewind_metrics
 from umup.train.runtime import deferred_interrupts, device_of, open_run, restore_rng, rng_state
-from umup.train.step import divergence, evaluate, to_device, train_step
+from umup.train.step import StepResult, divergence, evaluate, to_device, train_step
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,12 @@ def run_training(
     out: Path | None = None,
     observe: Callable[[Metrics], None] = lambda metrics: None,
     notice: Callable[[str], None] = lambda line: None,
+    files: TokenFiles | None = None,
 ) -> RunResult:
     """Train as the config says, in the run directory `out`, going on from its newest checkpoint if it has one.
 
     `observe` is called after every step, `notice` with lines a person should read. With no `out` nothing is written.
+    `files` is the config's prepared data, for callers that run many configs on it.
     Raises InputError before anything is trained, DivergedError when the loss is no number, KeyboardInterrupt after
     a Ctrl-C, once the step is over and a checkpoint is written.
     """
@@ -51,7 +53,7 @@ def run_training(
     plan = plan_for(config)
     device = device_of(config)
     seq_len = config.model.max_seq_len
-    files = prepare(config.data, config.model.vocab_size, min_tokens=t.batch_size * seq_len + 1)
+    files = files or prepare(config.data, config.model.vocab_size, min_tokens=t.batch_size * seq_len + 1)
     batches = Batches(files.train.load(), t.batch_size, seq_len, t.seed)
     held_out = [
         to_device(b, device) for b in Batches(files.val.load(), t.batch_size, seq_len, t.seed).fixed(t.eval_batches)
@@ -93,6 +95,9 @@ def run_training(
             now = RunState(step, position, weights, state_tensors(optimizer), rng_state(device))
             save_checkpoint(out, now, t.keep_checkpoints)
 
+    def kept() -> str:
+        return f"checkpoint of step {saved} is kept" if out is not None and saved else "no checkpoint yet"
+
     # 4. the steps
     saved = step
     with deferred_interrupts() as interrupt:
@@ -106,12 +111,13 @@ def run_training(
             apply_factor(optimizer, scheduled)
             result = train_step(loss_fn, optimizer, microbatches, t.grad_clip)
             if not (isfinite(result.loss) and isfinite(result.grad_norm)):
-                kept = f"checkpoint of step {saved} is kept" if out is not None and saved else "no checkpoint yet"
-                raise divergence(model, step + 1, result, kept)
+                raise divergence(model, step + 1, result, kept())
             step += 1
             seconds = perf_counter() - began
             last = step == t.steps
             val = evaluate(model, loss_fn, held_out) if last or step % t.eval_every == 0 else None
+            if val is not None and not isfinite(val):
+                raise divergence(model, step, StepResult(val, result.grad_norm), kept())
             metrics = Metrics(
                 step,
                 result.loss,

@@ -3,6 +3,7 @@
 Not covered: several devices.
 """
 
+import json
 import shutil
 import signal
 import threading
@@ -92,17 +93,23 @@ def open_run(out: Path, config: RunConfig, plan: Plan, data_record: str) -> None
 
     Raises CheckpointError if it cannot be written or belongs to another config or corpus, saying what differs.
     """
+    make_directory(out)
     known = out / "config.yaml"
     if known.exists():
         _refuse_differences(out, load_config(known), config)
-        if (out / "data.json").exists() and (out / "data.json").read_text() != data_record:
+        if (out / "data.json").exists() and _contents((out / "data.json").read_text()) != _contents(data_record):
             raise CheckpointError(f"run {out}: the corpus has changed since it began; choose another --out")
-    make_directory(out)
     write_atomic(known, dump_yaml(config))
     write_atomic(out / "plan.json", plan.to_json())
     write_atomic(out / "data.json", data_record)
     if config.data.tokenizer != "bytes":
         shutil.copyfile(tokenizer_file(config.data.tokenizer), out / "tokenizer.json")
+
+
+def _contents(data_record: str) -> dict[str, Any]:
+    """A data record without the places of its token files."""
+    flat = _flat(json.loads(data_record))
+    return {k: v for k, v in flat.items() if k not in ("train.path", "val.path")}
 
 
 def _refuse_differences(out: Path, old: RunConfig, new: RunConfig) -> None:
