@@ -1,14 +1,14 @@
 """Training speed on this machine: our decoder under `sp` and `umup` against a plain PyTorch loop of the same network.
 
-    python benchmarks/decoder_speed.py [--hidden-size 256] [--layers 4] [--steps 20] [--rounds 7] [--compile]
+    python benchmarks/decoder_speed.py [--hidden-size 256] [--layers 4] [--steps 150] [--compile]
 
-The three trainers take turns, round by round, in one process; printed are medians of tokens/s and the median ratio of
-rounds, with the loss after the same batches beside it (plain and sp are one network: their losses agree).
+The three trainers take turns, step by step, in one process; printed are median tokens/s, and the median and quartiles
+of the ratio over steps, with the loss after the same batches beside it (plain and sp are one network, of equal losses).
 """
 
 import argparse
 from collections.abc import Callable
-from statistics import median
+from statistics import median, quantiles
 from time import perf_counter
 
 import torch
@@ -23,6 +23,7 @@ from umup.ops.attention import rotary, rotary_tables
 from umup.optim.groups import param_groups
 from umup.train.step import train_step
 
+WARMUP = 5
 Step = Callable[[Tensor, Tensor], float]
 
 
@@ -127,8 +128,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=20, help="per round")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
 
@@ -154,25 +154,25 @@ def main() -> None:
         "umup": umup_step(config("umup", 1.0, True), args.compile),
     }
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(256, (args.rounds + 1, args.steps, args.batch_size, args.seq_len + 1), generator=generator)
-    ids = ids.clamp(max=31)  # something to learn: 32 of the 256 ids occur
+    shape = (args.steps + WARMUP, args.batch_size, args.seq_len + 1)
+    ids = torch.randint(256, shape, generator=generator).clamp(max=31)  # something to learn: 32 of 256 ids occur
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     losses: dict[str, float] = {}
-    for round_ in range(args.rounds + 1):
+    for batch in ids:
         for name, step in steps.items():
             began = perf_counter()
-            for batch in ids[round_]:
-                losses[name] = step(batch[:, :-1], batch[:, 1:])
+            losses[name] = step(batch[:, :-1], batch[:, 1:])
             seconds[name].append(perf_counter() - began)
-    tokens = args.steps * args.batch_size * args.seq_len
-    shape = f"width {args.hidden_size}, {args.layers} layers, {args.batch_size} x {args.seq_len} tokens"
-    print(f"{shape}, {torch.get_num_threads()} threads")
+    tokens = args.batch_size * args.seq_len
+    network = f"width {args.hidden_size}, {args.layers} layers, {args.batch_size} x {args.seq_len} tokens"
+    print(f"{network}, {torch.get_num_threads()} threads")
     for name in steps:
-        timed = seconds[name][1:]  # the first round warms up
+        timed = seconds[name][WARMUP:]
         against = {"sp": "plain", "umup": "sp"}.get(name)
         ratio = ""
         if against is not None:
-            ratio = f"  {median(b / a for a, b in zip(timed, seconds[against][1:], strict=True)):.3f} of {against}"
+            low, mid, high = quantiles((b / a for a, b in zip(timed, seconds[against][WARMUP:], strict=True)), n=4)
+            ratio = f"  {mid:.3f} of {against} (quartiles {low:.3f} to {high:.3f})"
         print(f"{name:6s} {tokens / median(timed):9.0f} tokens/s  loss {losses[name]:.6f}{ratio}")
 
 

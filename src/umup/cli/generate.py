@@ -18,6 +18,8 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may repeat")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of a stream")
     known = parser.parse_strictly(arguments)
+    if "" in known.stop:
+        parser.error("--stop must not be empty")
     if known.max_tokens < 1:
         parser.error(f"--max-tokens must be 1 or more, not {known.max_tokens}")
 
@@ -26,12 +28,12 @@ def run(arguments: list[str]) -> int:
 
     sampling = Sampling(known.temperature, known.top_k, known.top_p, known.seed)
     loaded = load_run(known.run)
-    if not known.json:
-        sys.stdout.write(known.prompt)
+    echo = known.prompt  # printed with the first piece: until then the prompt may be refused
     for piece in loaded.stream(known.prompt, known.max_tokens, sampling, tuple(known.stop)):
         if isinstance(piece, Completion):
-            print(completion_json(known.prompt, piece) if known.json else "")
+            print(completion_json(known.prompt, piece) if known.json else echo)
         elif not known.json:
-            sys.stdout.write(piece)
+            sys.stdout.write(echo + piece)
             sys.stdout.flush()
+            echo = ""
     return 0

@@ -20,7 +20,7 @@ class ModelConfig(Section):
     """The network: a family (row of models/families.py) and its sizes."""
 
     family: str = "llama"
-    """architecture: a row of the families table"""
+    """architecture: llama, gpt2, ... (a row of models/families.py)"""
     hidden_size: Positive = 256
     """width of the residual stream"""
     num_layers: Positive = 4
@@ -66,7 +66,7 @@ class ParametrizationConfig(Section):
     """The rules table to apply."""
 
     scheme: str = "umup"
-    """parametrization: a table of rules/schemes.py"""
+    """parametrization: sp, mup, umup, ... (a table of rules/schemes.py)"""
     hparams: dict[str, float] = Field(default_factory=dict)
     """the scheme's multipliers that differ from their defaults"""
     options: dict[str, str] = Field(default_factory=dict)
@@ -80,7 +80,7 @@ class OptimizerConfig(Section):
 
     name: str = "adamw"
     """optimizer: a row of rules/optimizers.py"""
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    lr: Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)] = 1.0
     """peak learning rate; the plan multiplies it per parameter"""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     """decay of Adam's first and second moments"""

@@ -73,6 +73,7 @@ def _panel(ax: "Axes", transfer: WidthTransfer) -> None:
 def _range(transfers: Sequence[WidthTransfer]) -> tuple[float, float]:
     """All optima and what lies a little above them; diverging tails leave the frame."""
     best = [line.mean(line.best) for t in transfers for line in t.lines.values()]
-    low, high = min(best), max(best)
+    finite = [loss for loss in best if isfinite(loss)] or [0.0]
+    low, high = min(finite), max(finite)
     margin = max(high - low, 0.2)
     return low - 0.15 * margin, high + 1.2 * margin

@@ -153,7 +153,9 @@ def _wanted(line: Line, seeds: int) -> set[tuple[float, int]]:
     """What a line needs beside what it has: a point beyond its edge, or else seeds around its best."""
     if line.on_edge:
         return {(line.best - line.step if line.best == min(line.losses) else line.best + line.step, 0)}
-    return {(line.best + k * line.step, seed) for k in (-1, 0, 1) for seed in range(seeds)}
+    grid = sorted(line.losses)
+    at = grid.index(line.best)
+    return {(x, seed) for x in grid[at - 1 : at + 2] for seed in range(seeds)}
 
 
 def evaluate(

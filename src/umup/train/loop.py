@@ -13,6 +13,7 @@ from umup.checkpoint import RunState, load_latest, load_weights, save_checkpoint
 from umup.config.sections import RunConfig
 from umup.data.batches import Batches
 from umup.data.tokens import TokenFiles, prepare
+from umup.errors import CheckpointError
 from umup.models.build import build
 from umup.models.specs import plan_for
 from umup.optim.groups import load_state_tensors, param_groups, state_tensors
@@ -88,15 +89,21 @@ def run_training(
             step, position = state.step, state.data
             notice(f"resuming {out} after step {step}")
         history = rewind_metrics(out / "metrics.jsonl", step)
-
-    def checkpoint() -> None:
-        if out is not None:
-            weights = {name: p.detach() for name, p in model.named_parameters()}
-            now = RunState(step, position, weights, state_tensors(optimizer), rng_state(device))
-            save_checkpoint(out, now, t.keep_checkpoints)
+        if step == t.steps and not history:
+            raise CheckpointError(f"run {out} has finished but its metrics.jsonl is gone; choose another --out")
 
     def kept() -> str:
         return f"checkpoint of step {saved} is kept" if out is not None and saved else "no checkpoint yet"
+
+    def checkpoint() -> None:
+        if out is not None:
+            # Finite weights may already be beyond saving; a checkpoint that replaces a good one must itself be good.
+            probe = evaluate(model, loss_fn, held_out[:1])
+            if not isfinite(probe):
+                raise divergence(model, step, StepResult(probe, history[-1].grad_norm), kept())
+            weights = {name: p.detach() for name, p in model.named_parameters()}
+            now = RunState(step, position, weights, state_tensors(optimizer), rng_state(device))
+            save_checkpoint(out, now, t.keep_checkpoints)
 
     # 4. the steps
     saved = step
@@ -134,7 +141,8 @@ def run_training(
                 checkpoint()
                 saved = step
         if interrupt.requested and step < t.steps:
-            checkpoint()
+            if step > saved:
+                checkpoint()
             raise KeyboardInterrupt
 
     # 5. what a finished run leaves

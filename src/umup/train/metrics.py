@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from umup.checkpoint import write_atomic
+from umup.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def read_metrics(path: Path) -> list[Metrics]:
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [_record(json.loads(line)) for line in lines]
+    return [_record(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
 def rewind_metrics(path: Path, step: int) -> list[Metrics]:
@@ -64,7 +65,10 @@ def final_losses(metrics: Iterable[Metrics]) -> tuple[float, float | None]:
     return sum(m.train_loss for m in tail) / len(tail), val[-1] if val else None
 
 
-def _record(row: dict[str, Any]) -> Metrics:
-    return Metrics(
-        row["step"], row["train/loss"], row["lr"], row["grad_norm"], row["tokens_per_second"], row.get("val/loss")
-    )
+def _record(line: str, where: str) -> Metrics:
+    try:
+        row = json.loads(line)
+        numbers = (row["step"], row["train/loss"], row["lr"], row["grad_norm"], row["tokens_per_second"])
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{where}: not a record of a run; choose another --out") from None
+    return Metrics(*numbers, val_loss=row.get("val/loss"))
