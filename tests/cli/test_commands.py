@@ -3,10 +3,10 @@
 import json
 import subprocess
 import sys
-from importlib.metadata import version
 
 import pytest
 
+import umup
 from umup.cli.main import COMMANDS, main
 from umup.config.sections import RunConfig
 from umup.rules.plan import Plan
@@ -50,7 +50,7 @@ def test_help_lists_every_config_field_with_its_description(command, capsys):
 
 
 def test_version(capsys):
-    assert printed(capsys, "--version").strip() == version("umup")
+    assert printed(capsys, "--version").strip() == umup.__version__
 
 
 SCHEMES = {

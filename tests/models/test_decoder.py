@@ -366,7 +366,7 @@ def test_the_plans_microbatches_sum_to_the_gradient_of_one_batch(family, scheme)
     for part in (slice(0, 2), slice(2, 4)):
         split.loss(tokens[part], targets[part]).backward()
     mine, reference = ({name: p.grad for name, p in model.named_parameters()} for model in (split, whole))
-    assert_close(mine, reference, 1e-6)
+    assert_close(mine, reference, 3e-6)
 
 
 def test_a_model_can_be_filled_by_a_plan_of_its_own():

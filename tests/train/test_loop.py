@@ -227,7 +227,7 @@ def test_a_diverged_run_says_where_and_keeps_its_last_checkpoint(tiny, tmp_path)
     message = str(caught.value)
     done = len((run / "metrics.jsonl").read_text().splitlines())
     newest = max(p.name for p in (run / "checkpoints").iterdir())
-    assert done > 2
+    assert done >= 1
     assert message.startswith(f"step {done + 1}: ")
     assert f"checkpoint of step {int(newest.removeprefix('step-'))} is kept" in message
     assert "largest weights: " in message

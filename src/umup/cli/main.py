@@ -6,8 +6,8 @@
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
 
+import umup
 from umup.errors import ConfigError, InputError, RunError, did_you_mean
 
 COMMANDS = {
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_overview())
         return 0 if arguments else 2
     if arguments[0] == "--version":
-        print(version("umup"))
+        print(umup.__version__)
         return 0
     try:
         return _run(arguments[0], arguments[1:])

@@ -20,14 +20,15 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, branch: Tensor, skip: Tensor) -> tuple[Tensor, None, None]:
         split_grad, skip_weight = ctx.factors
-        return (skip * skip_weight).add_(branch, alpha=split_grad), None, None
+        return torch.add(skip * skip_weight, branch, alpha=split_grad), None, None
 
 
 class _Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, skip: Tensor, branch: float, branch_grad: float, skip_weight: float) -> Tensor:
         ctx.branch_grad = branch_grad
-        return (skip * skip_weight).add_(out, alpha=branch)
+        # Not in place: torch 2.11's compiler loses the gradient of a Function whose forward writes into its result.
+        return torch.add(skip * skip_weight, out, alpha=branch)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
