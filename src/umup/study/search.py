@@ -86,7 +86,8 @@ class Runner:
         self.observe(self.done, self.total)
         try:
             while pending:
-                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                done = wait(pending, return_when=FIRST_COMPLETED).done
+                for future in sorted(done, key=lambda f: f.exception() is not None):  # a failure loses no result
                     del pending[future]
                     self.journal.add(future.result())
                     self.done += 1
