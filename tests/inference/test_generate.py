@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -280,6 +281,7 @@ def unfinished(tmp_path, *steps):
     run.mkdir()
     (run / "config.yaml").write_text(dump_yaml(config))
     (run / "plan.json").write_text(plan_for(config).to_json())
+    (run / "data.json").write_text('{"tokenizer": {"name": "bytes"}}')
     for step in steps:
         weights = {name: torch.full_like(p, float(step)) for name, p in build(config).named_parameters()}
         save_checkpoint(run, RunState(step, {}, weights, {}, {"cpu": torch.get_rng_state()}), keep=9)
@@ -303,4 +305,19 @@ def test_what_is_no_run_directory_is_refused(tmp_path):
             load_run(path)
     (unfinished(tmp_path, 1) / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(CheckpointError, match=r"model\.safetensors: not a readable safetensors file"):
+        load_run(tmp_path / "run")
+
+
+def test_a_run_on_foreign_ids_asks_for_their_tokenizer(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 300, 4000)
+    ids.astype("<u2").tofile(tmp_path / "ids.bin")
+    config = parse_config(
+        {
+            "model": {"hidden_size": 32, "num_layers": 1, "head_dim": 16, "max_seq_len": 16, "vocab_size": 300},
+            "data": {"source": str(tmp_path / "ids.bin")},
+            "train": {"steps": 1, "batch_size": 2},
+        }
+    )
+    run_training(config, tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         load_run(tmp_path / "run")

@@ -293,3 +293,12 @@ def test_a_finished_run_without_metrics_says_so(tiny, tmp_path):
     (tmp_path / "run" / "metrics.jsonl").unlink()
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl is gone"):
         run_training(config, tmp_path / "run")
+
+
+def test_a_run_keeps_the_rules_it_began_with(tiny, tmp_path):
+    config = tiny(train={"steps": 2})
+    run_training(config, tmp_path / "run")
+    plan = tmp_path / "run" / "plan.json"
+    plan.write_text(plan_for(config).shift({"head.weight": 2.0}).to_json())
+    with pytest.raises(CheckpointError, match=r"rules have changed.*head\.weight"):
+        run_training(config, tmp_path / "run")

@@ -102,7 +102,11 @@ def load_run(path: str | Path) -> LoadedRun:
 
 def _tokenizer(run: Path, config: RunConfig) -> Tokenizer:
     own = run / "tokenizer.json"
-    return load_tokenizer(str(own) if own.exists() else config.data.tokenizer)
+    if own.exists():
+        return load_tokenizer(str(own))
+    if json.loads((run / "data.json").read_text())["tokenizer"] is None:
+        raise CheckpointError(f"run {run} was trained on ids of an unknown tokenizer; copy its tokenizer.json there")
+    return load_tokenizer(config.data.tokenizer)
 
 
 def _held_back(text: str, stop: tuple[str, ...]) -> int:

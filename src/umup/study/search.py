@@ -65,39 +65,35 @@ class Line:
 
 
 class Runner:
-    """Runs configs through a journal and a pool; `count` and `total` feed a progress bar."""
+    """Runs configs through a journal and a pool; `observe` hears (trials finished, trials asked for so far)."""
 
     def __init__(self, journal: Journal, pool: ProcessPoolExecutor, observe: Observe) -> None:
         self.journal, self.pool, self.observe = journal, pool, observe
-        self.done = self.total = 0
+        self._asked: set[str] = set()
 
     def run(self, configs: Iterable[RunConfig]) -> list[Trial]:
         """One trial per config, in order; those in the journal are not run again."""
         wanted = list(configs)
-        pending: dict[Future[Trial], str] = {}
-        started = set()
-        for config in wanted:
-            key = key_of(config)
-            if self.journal.get(config) is None and key not in started:
-                started.add(key)
-                pending[self.pool.submit(run_trial, config)] = key
-        self.total += len(wanted)
-        self.done += len(wanted) - len(pending)
-        self.observe(self.done, self.total)
+        fresh = {key_of(config): config for config in wanted if self.journal.get(config) is None}
+        pending: set[Future[Trial]] = {self.pool.submit(run_trial, config) for config in fresh.values()}
+        self._asked |= {key_of(config) for config in wanted}
+        self._report(pending)
         try:
             while pending:
                 done = wait(pending, return_when=FIRST_COMPLETED).done
                 for future in sorted(done, key=lambda f: f.exception() is not None):  # a failure loses no result
-                    del pending[future]
+                    pending.remove(future)
                     self.journal.add(future.result())
-                    self.done += 1
-                    self.observe(self.done, self.total)
+                    self._report(pending)
         except BaseException:
             for future in pending:
                 future.cancel()
             raise
         trials = [self.journal.get(config) for config in wanted]
         return [trial for trial in trials if trial is not None]
+
+    def _report(self, pending: set[Future[Trial]]) -> None:
+        self.observe(len(self._asked) - len(pending), len(self._asked))
 
 
 _prepared: dict[tuple[str, int, int], TokenFiles] = {}

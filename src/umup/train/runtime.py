@@ -99,11 +99,24 @@ def open_run(out: Path, config: RunConfig, plan: Plan, data_record: str) -> None
         _refuse_differences(out, load_config(known), config)
         if (out / "data.json").exists() and _contents((out / "data.json").read_text()) != _contents(data_record):
             raise CheckpointError(f"run {out}: the corpus has changed since it began; choose another --out")
+        if (out / "plan.json").exists():
+            _refuse_other_rules(out, plan)
     write_atomic(known, dump_yaml(config))
     write_atomic(out / "plan.json", plan.to_json())
     write_atomic(out / "data.json", data_record)
     if config.data.tokenizer != "bytes":
         shutil.copyfile(tokenizer_file(config.data.tokenizer), out / "tokenizer.json")
+
+
+def _refuse_other_rules(out: Path, plan: Plan) -> None:
+    """A newer umup may resolve the same config to other numbers; a run keeps those it began with."""
+    changed = Plan.from_json((out / "plan.json").read_text()).diff(plan)
+    if changed:
+        name, quantity, before, after = changed[0]
+        raise CheckpointError(
+            f"run {out}: the rules have changed since it began ({name} {quantity} was {before} and is now {after}); "
+            "choose another --out, or finish it with the umup that began it"
+        )
 
 
 def _contents(data_record: str) -> dict[str, Any]:
