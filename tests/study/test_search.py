@@ -7,7 +7,8 @@ from math import inf, log2
 import pytest
 
 from umup.config.load import parse_config
-from umup.errors import ConfigError, InputError
+from umup.errors import CheckpointError, ConfigError, InputError
+from umup.models.specs import base_shape_of, plan_for, shape_of
 from umup.plots.transfer import draw, write_csv
 from umup.rules.schemes import SCHEMES
 from umup.study.demo import FAST, FULL, at, final_config, proxy_config, summary, sweep
@@ -295,7 +296,7 @@ def test_transfer_keeps_a_base_and_the_mlps_ratio():
     assert moves(transfer)["model.intermediate_size"] == (80, 160)
 
 
-@pytest.mark.parametrize(("width", "kv"), [(40, None), (0, None), (-32, None), (16, 2)])
+@pytest.mark.parametrize(("width", "kv"), [(40, None), (0, None), (-32, None), (16, 1)])
 def test_a_width_that_makes_no_model_is_refused(width, kv):
     with pytest.raises(ConfigError, match=r"hidden_size|num_kv_heads"):
         transfer_width(config(num_kv_heads=kv), 1.0, width)
@@ -393,3 +394,37 @@ def test_the_figure_and_its_numbers_are_written(transfers, tmp_path):
     assert {(r["scheme"], r["width"]): float(r["log2_lr"]) for r in rows if r["best"] == "1"} == {
         (t.scheme, str(w)): made.best for t in transfers for w, made in t.lines.items()
     }
+
+
+def test_a_transferred_mup_config_has_the_whole_proxy_as_its_base():
+    proxy = parse_config(
+        {
+            "model": {"hidden_size": 64, "num_layers": 1, "head_dim": 16, "num_kv_heads": 2},
+            "parametrization": {"scheme": "mup"},
+        }
+    )
+    target = transfer_width(proxy, 1.0, 320).config
+    assert (target.model.num_kv_heads, shape_of(target.model).num_heads) == (10, 20)
+    shape, base = shape_of(proxy.model), target.parametrization.base
+    assert base_shape_of(shape_of(target.model), base) == shape
+    assert plan_for(target).params["layers.0.mlp.down.weight"]["lr"] == 176 / 848
+
+
+def test_other_data_and_other_rules_are_other_trials(tmp_path, monkeypatch):
+    path = tmp_path / "trials.jsonl"
+    Journal(path, corpus="a").add(Trial(key_of(config()), 1.0, 1.0))
+    assert Journal(path, corpus="a").get(config()) is not None
+    assert Journal(path, corpus="b").get(config()) is None
+    monkeypatch.setattr("umup.study.journal.plan_for", lambda c: plan_for(c).shift({"head.weight": 2.0}))
+    assert Journal(path, corpus="a").get(config()) is None
+
+
+def test_a_damaged_journal_line_is_named(tmp_path):
+    (tmp_path / "trials.jsonl").write_text("{}\n")
+    with pytest.raises(CheckpointError, match=r"trials\.jsonl, line 1"):
+        Journal(tmp_path / "trials.jsonl")
+
+
+def test_an_optimum_on_the_edge_decides_nothing():
+    lines = {32: seeded(0, 0.1), 128: line({0: (1.0, 1.0), 1: (2.0, 2.0)})}
+    assert WidthTransfer("sp", 32, lines).verdict == "undecided"

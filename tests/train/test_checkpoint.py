@@ -4,9 +4,11 @@ import shutil
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from umup import checkpoint
 from umup.checkpoint import RunState, load_checkpoint, load_latest, load_weights, save_checkpoint
-from umup.errors import CheckpointError
+from umup.errors import CheckpointError, RunError
 
 
 def state(step):
@@ -89,3 +91,23 @@ def test_weights_that_do_not_fit_are_all_named():
         load_weights(model, {"a.weight": torch.zeros(3, 5), "c.weight": torch.zeros(1)}, "here")
     for fault in ("a.weight has shape (3, 5)", "b.weight is missing", "c.weight is not in the model"):
         assert fault in str(caught.value)
+
+
+def test_a_refused_later_checkpoint_never_pushes_out_the_good_ones(tmp_path):
+    save_checkpoint(tmp_path, state(100), keep=2)
+    truncate(save_checkpoint(tmp_path, state(200), keep=2) / "model.safetensors")
+    save_checkpoint(tmp_path, state(150), keep=1)
+    loaded, refused = load_latest(tmp_path)
+    same(loaded, state(150))
+    assert refused == []
+
+
+def test_a_full_disk_is_a_failed_run_in_one_line(tmp_path, monkeypatch):
+    def full(*args):
+        raise SafetensorError("No space left on device")
+
+    save_checkpoint(tmp_path, state(1), keep=2)
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(RunError, match="No space left"):
+        save_checkpoint(tmp_path, state(2), keep=2)
+    same(load_latest(tmp_path)[0], state(1))

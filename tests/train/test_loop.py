@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -301,4 +303,24 @@ def test_a_run_keeps_the_rules_it_began_with(tiny, tmp_path):
     plan = tmp_path / "run" / "plan.json"
     plan.write_text(plan_for(config).shift({"head.weight": 2.0}).to_json())
     with pytest.raises(CheckpointError, match=r"rules have changed.*head\.weight"):
+        run_training(config, tmp_path / "run")
+
+
+def test_training_again_replaces_a_broken_final_model(tiny, tmp_path):
+    config, run = tiny(train={"steps": 2}), tmp_path / "run"
+    run_training(config, run)
+    good = (run / "model.safetensors").read_bytes()
+    (run / "model.safetensors").write_bytes(good[:50])
+    shutil.rmtree(run / "checkpoints")
+    run_training(config, run)
+    assert (run / "model.safetensors").read_bytes() == good
+
+
+def test_a_replaced_token_file_is_another_corpus(tiny, tmp_path):
+    path = tmp_path / "ids.bin"
+    np.arange(4000).astype("<u2").__mod__(200).tofile(path)
+    config = tiny(data={"source": str(path)}, train={"steps": 1})
+    run_training(config, tmp_path / "run")
+    np.zeros(4000, "<u2").tofile(path)
+    with pytest.raises(CheckpointError, match="corpus has changed"):
         run_training(config, tmp_path / "run")

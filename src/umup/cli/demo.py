@@ -4,11 +4,13 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 from umup.cli.arguments import Parser
+from umup.errors import DivergedError
 
 if TYPE_CHECKING:
     from umup.study.demo import DemoPlan
@@ -37,7 +39,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _story(out: Path, fast: bool, workers: int, as_json: bool) -> int:
-    from umup.checkpoint import make_directory
+    from umup.checkpoint import make_directory, write_atomic
     from umup.data.tokens import prepare
     from umup.plots.transfer import draw, write_csv
     from umup.study.demo import FAST, FULL, proxy_config, summary, sweep
@@ -57,14 +59,17 @@ def _story(out: Path, fast: bool, workers: int, as_json: bool) -> int:
         f"1. sweep: widths {', '.join(map(str, demo.widths))}, schemes {', '.join(demo.grids)}, {demo.steps} steps each"
     )
     with worker_pool(workers) as pool, _bar("   trials") as observe:
-        transfers = sweep(demo, Runner(Journal(out / "trials.jsonl"), pool, observe))
+        transfers = sweep(
+            demo,
+            Runner(Journal(out / "trials.jsonl", corpus=json.dumps(files.record["train"]["sha256"])), pool, observe),
+        )
     write_csv(transfers, out / "transfer.csv")
     title = f"tuned at width {demo.proxy}; two layers, {demo.steps} steps of 1024 bytes of Python; bars: seeds"
     draw(transfers, out / "transfer.png", title)
+    measured = summary(transfers)
+    write_atomic(out / "summary.txt", "\n".join(measured) + "\n")
     say(f"2. transfer and train: width {demo.widths[-1]} at the proxy's rate, {demo.final_steps} steps")
     losses = _train_and_write(demo, transfers, out, say)
-    measured = summary(transfers)
-    (out / "summary.txt").write_text("\n".join(measured) + "\n", encoding="utf-8")
     say("4. the check, and what was measured here:")
     for line in measured:
         say(f"   {line}")
@@ -99,7 +104,12 @@ def _train_and_write(
     for t in transfers:
         home = out / f"{t.scheme}-{demo.widths[-1]}"
         with progress(f"   {t.scheme}", demo.final_steps) as watch:
-            losses[t.scheme] = run_training(final_config(demo, t), home, watch).val_loss
+            try:
+                losses[t.scheme] = run_training(final_config(demo, t), home, watch).val_loss
+            except DivergedError as error:
+                losses[t.scheme] = inf
+                say(f"   {t.scheme:5s} rate 2^{t.rate:g}: diverged at {error}")
+                continue
         samples[t.scheme] = load_run(home).complete(PROMPT, 56, Sampling(temperature=0.7)).text
         say(f"   {t.scheme:5s} rate 2^{t.rate:g}: validation loss {losses[t.scheme]:.3f}")
     say("3. what they write:")

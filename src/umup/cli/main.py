@@ -5,6 +5,7 @@
 
 import sys
 from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor
 from importlib import import_module
 
 import umup
@@ -37,10 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
         sys.stdout = None
         return 0
-    except OSError as error:
-        return _complain(error, 3)
+    except (OSError, MemoryError, BrokenExecutor) as error:
+        return _complain(error or type(error).__name__, 3)
+    except RuntimeError as error:
+        if "memory" not in str(error):  # how torch reports that an allocation failed
+            raise
+        return _complain(f"out of memory: {str(error).splitlines()[0]}", 3)
     except KeyboardInterrupt:
-        return _complain("interrupted; the same command goes on from the last checkpoint", 130)
+        resumes = arguments[0] in ("train", "demo")
+        return _complain("interrupted" + "; the same command goes on where it was" * resumes, 130)
 
 
 def _run(command: str, arguments: list[str]) -> int:

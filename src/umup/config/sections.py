@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -31,7 +32,7 @@ class ModelConfig(Section):
     """key and value heads (grouped-query attention); default: as many as query heads"""
     intermediate_size: Positive | None = None
     """inner width of the MLP; default: the family's ratio times hidden_size"""
-    vocab_size: Positive = 256
+    vocab_size: Annotated[int, Field(gt=1)] = 256
     """token ids the model knows"""
     max_seq_len: Annotated[int, Field(gt=1)] = 256
     """context length; also the training length that fixes u-muP's attention scale"""
@@ -82,7 +83,7 @@ class OptimizerConfig(Section):
     """optimizer: a row of rules/optimizers.py"""
     lr: Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)] = 1.0
     """peak learning rate; the plan multiplies it per parameter"""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """decay of Adam's first and second moments"""
     eps: Annotated[float, Field(gt=0, lt=1)] = 1e-8
     """Adam's epsilon; the plan multiplies it per parameter"""
@@ -178,6 +179,11 @@ class RunConfig(Section):
             raise ValueError(f"model.num_kv_heads {m.num_kv_heads} does not divide the {heads} query heads")
         if s.warmup_steps >= t.steps:
             raise ValueError(f"schedule.warmup_steps {s.warmup_steps} leaves nothing of train.steps {t.steps}")
+        if s.name == "wsd" and s.warmup_steps + s.decay_fraction * t.steps > t.steps:
+            raise ValueError(
+                f"schedule.decay_fraction {s.decay_fraction} of {t.steps} steps begins within the warmup of "
+                f"{s.warmup_steps}; write a smaller one"
+            )
         return self
 
     @property

@@ -225,5 +225,10 @@ def _check_vocab(owner: str, ids: int, model_vocab_size: int) -> None:
 
 def _record(part: TokenSlice) -> dict[str, Any]:
     sidecar = read_sidecar(part.path)
-    known = {} if sidecar is None else {"sha256": sidecar.sha256, "documents": sidecar.documents}
+    if sidecar is None:
+        ids = part.load()
+        sample = np.concatenate([ids[:SAMPLED_TOKENS], ids[-SAMPLED_TOKENS:]])
+        known: dict[str, Any] = {"sampled_sha256": sha256(sample.tobytes()).hexdigest()}
+    else:
+        known = {"sha256": sidecar.sha256, "documents": sidecar.documents}
     return {"path": str(part.path), "start": part.start, "stop": part.stop, "tokens": len(part), **known}

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-
 from umup.checkpoint import load_latest, load_model, load_weights
 from umup.config.load import load_config
 from umup.config.sections import RunConfig
 from umup.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
-from umup.errors import CheckpointError
+from umup.errors import CheckpointError, InputError
 from umup.inference.generate import Sampling, generate
 from umup.models.build import DTYPES, decoder
 from umup.models.decoder import Decoder
@@ -47,7 +45,10 @@ class LoadedRun:
         Stop texts are cut off. Raises InputError for an empty prompt or one longer than the context.
         """
         context = self.config.model.max_seq_len
-        ids = [int(i) for i in np.asarray(self.tokenizer.encode(prompt))]
+        try:
+            ids = [int(i) for i in self.tokenizer.encode(prompt)]
+        except UnicodeEncodeError:
+            raise InputError("the prompt is not valid text (UTF-8); write it again") from None
         decode, text, sent, tokens = StreamDecoder(self.tokenizer), "", 0, []
         reason = "context"
         for token, _ in islice(generate(self.model, ids, context, sampling), max_tokens):
@@ -104,7 +105,11 @@ def _tokenizer(run: Path, config: RunConfig) -> Tokenizer:
     own = run / "tokenizer.json"
     if own.exists():
         return load_tokenizer(str(own))
-    if json.loads((run / "data.json").read_text())["tokenizer"] is None:
+    try:
+        known = json.loads((run / "data.json").read_text())["tokenizer"] is not None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{run / 'data.json'} is missing or damaged; train the run again") from None
+    if not known:
         raise CheckpointError(f"run {run} was trained on ids of an unknown tokenizer; copy its tokenizer.json there")
     return load_tokenizer(config.data.tokenizer)
 

@@ -46,9 +46,16 @@ def explain_text(plan: Plan) -> str:
 
 def diff_text(left: Plan, right: Plan) -> str:
     """Where two plans differ, layers collapsed; the number columns are named after the plans' schemes."""
-    rows = dict.fromkeys((LAYER.sub("*", n), q, _plain(a), _plain(b)) for n, q, a, b in left.diff(right))
-    if not rows:
+    found: dict[tuple[str, str], dict[str, tuple[str, str]]] = {}
+    for name, quantity, a, b in left.diff(right):
+        found.setdefault((LAYER.sub("*", name), quantity), {})[name] = (_plain(a), _plain(b))
+    if not found:
         return f"{left.scheme} and {right.scheme} agree on every number here"
+    rows = []
+    for (pattern, quantity), by_name in found.items():
+        same = len(set(by_name.values())) == 1
+        shown = {pattern: next(iter(by_name.values()))} if same else by_name
+        rows += [(name, quantity, *numbers) for name, numbers in shown.items()]
     return table([("name", "quantity", left.scheme, right.scheme), *rows])
 
 

@@ -59,8 +59,8 @@ def resolve_hparams(scheme: str, known: tuple[HParam, ...], given: Mapping[str, 
         if name not in values:
             tail = did_you_mean(name, values)
             raise PlanError(f"parametrization.hparams: scheme {scheme!r} has no hyperparameter {name!r}; {tail}")
-        if not value > 0 or value == float("inf"):
-            raise PlanError(f"parametrization.hparams.{name}: must be a positive number, not {value}")
+        if not 1e-6 <= value <= 1e6:
+            raise PlanError(f"parametrization.hparams.{name}: must be a positive number, not {value} (1e-6 to 1e6)")
         values[name] = float(value)
     return values
 

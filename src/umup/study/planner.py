@@ -8,12 +8,15 @@ Not covered: depth, batch and length rules, cost.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
+from math import isfinite
 from statistics import mean
 from typing import Literal
 
 from umup.config.load import parse_config
 from umup.config.sections import BaseShape, RunConfig
 from umup.errors import ConfigError
+from umup.models.specs import shape_of
 from umup.rules.schemes import scheme as find_scheme
 from umup.study.search import Line
 
@@ -42,25 +45,34 @@ class Transfer:
 def transfer_width(proxy: RunConfig, lr: float, hidden_size: int) -> Transfer:
     """The proxy's config at another width, with its tuned peak rate.
 
-    The head size stays and heads are added; an explicit MLP width keeps its ratio. A scheme that is relative to a base
-    gets the proxy as its base, unless it has one already. Raises ConfigError for a width that heads do not divide.
+    The head size stays and heads are added; an explicit MLP width or number of kv heads keeps its ratio. A scheme that
+    is relative to a base gets the proxy as its base, unless it has one. Raises ConfigError where sizes do not divide.
     """
-    m = proxy.model
+    m, shape = proxy.model, shape_of(proxy.model)
     if hidden_size % m.head_dim:
         raise ConfigError(f"target hidden_size {hidden_size} is not a multiple of model.head_dim {m.head_dim}")
-    grow = hidden_size / m.hidden_size
+    wide: dict[str, int] = {"hidden_size": hidden_size}
     moved = [
         Move("model.hidden_size", m.hidden_size, hidden_size, "given"),
         Move("optimizer.lr", lr, lr, _rate_rule(proxy)),
     ]
-    model = m.model_copy(update={"hidden_size": hidden_size})
-    if m.intermediate_size is not None:
-        inner = round(m.intermediate_size * grow)
-        model = model.model_copy(update={"intermediate_size": inner})
-        moved.append(Move("model.intermediate_size", m.intermediate_size, inner, "ratio to hidden_size kept"))
+    for field, number in (("intermediate_size", shape.intermediate_size), ("num_kv_heads", shape.num_kv_heads)):
+        if getattr(m, field) is not None:
+            grown = Fraction(number * hidden_size, m.hidden_size)
+            if grown.denominator != 1:
+                raise ConfigError(f"target hidden_size {hidden_size}: model.{field} {number} has no whole share there")
+            wide[field] = int(grown)
+            moved.append(Move(f"model.{field}", number, int(grown), "ratio to hidden_size kept"))
+    model = m.model_copy(update=wide)
     parametrization = proxy.parametrization
     if find_scheme(parametrization.scheme).needs_base and parametrization.base is None:
-        base = BaseShape(hidden_size=m.hidden_size, num_layers=m.num_layers, head_dim=m.head_dim)
+        base = BaseShape(
+            hidden_size=m.hidden_size,
+            num_layers=m.num_layers,
+            head_dim=m.head_dim,
+            num_kv_heads=shape.num_kv_heads,
+            intermediate_size=shape.intermediate_size,
+        )
         parametrization = parametrization.model_copy(update={"base": base})
         moved.append(Move("parametrization.base", None, m.hidden_size, "the proxy is the base shape"))
     optimizer = proxy.optimizer.model_copy(update={"lr": lr})
@@ -110,8 +122,11 @@ class WidthTransfer:
     @property
     def verdict(self) -> Verdict:
         """pass: the optimum stays within one grid step of the proxy's at every width. fail: at some width it does not,
-        and the transferred rate costs more than TOLERANCE nats there, and something in every seed. undecided: neither.
+        and the transferred rate costs more than TOLERANCE nats there, and something in every seed. undecided: neither,
+        or an optimum that its grid does not enclose.
         """
+        if any(line.on_edge or not isfinite(line.mean(line.best)) for line in self.lines.values()):
+            return "undecided"
         far = [w for w, line in self.lines.items() if abs(self.drift(w)) > line.step]
         if not far:
             return "pass"

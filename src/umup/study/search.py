@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from math import inf, isfinite
 from statistics import mean
 
@@ -42,8 +43,8 @@ class Line:
     @property
     def step(self) -> float:
         """The grid's spacing, in octaves."""
-        low, second, *_ = sorted(self.losses)
-        return second - low
+        grid = sorted(self.losses)
+        return min(b - a for a, b in pairwise(grid))
 
     @property
     def optimum(self) -> float:

@@ -106,7 +106,7 @@ def run_training(
             save_checkpoint(out, now, t.keep_checkpoints)
 
     # 4. the steps
-    saved = step
+    saved = resumed = step
     with deferred_interrupts() as interrupt:
         while step < t.steps and not interrupt.requested:
             began = perf_counter()
@@ -146,7 +146,7 @@ def run_training(
             raise KeyboardInterrupt
 
     # 5. what a finished run leaves
-    if out is not None and not (out / "model.safetensors").exists():
+    if out is not None and (step > resumed or not (out / "model.safetensors").exists()):
         save_model(out / "model.safetensors", {name: p.detach() for name, p in model.named_parameters()})
     train_loss, val_loss = final_losses(history)
     speed = sorted(m.tokens_per_second for m in history)[len(history) // 2]

@@ -39,6 +39,8 @@ def device_of(config: RunConfig) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise ConfigError(f"train.device: {name!r} is not available here; write cpu or auto") from None
@@ -97,7 +99,7 @@ def open_run(out: Path, config: RunConfig, plan: Plan, data_record: str) -> None
     known = out / "config.yaml"
     if known.exists():
         _refuse_differences(out, load_config(known), config)
-        if (out / "data.json").exists() and _contents((out / "data.json").read_text()) != _contents(data_record):
+        if (out / "data.json").exists() and _recorded(out) != _contents(json.loads(data_record)):
             raise CheckpointError(f"run {out}: the corpus has changed since it began; choose another --out")
         if (out / "plan.json").exists():
             _refuse_other_rules(out, plan)
@@ -119,10 +121,16 @@ def _refuse_other_rules(out: Path, plan: Plan) -> None:
         )
 
 
-def _contents(data_record: str) -> dict[str, Any]:
+def _recorded(out: Path) -> dict[str, Any]:
+    try:
+        return _contents(json.loads((out / "data.json").read_text()))
+    except (ValueError, AttributeError):
+        raise CheckpointError(f"{out / 'data.json'}: not a record of data; choose another --out") from None
+
+
+def _contents(data_record: dict[str, Any]) -> dict[str, Any]:
     """A data record without the places of its token files."""
-    flat = _flat(json.loads(data_record))
-    return {k: v for k, v in flat.items() if k not in ("train.path", "val.path")}
+    return {k: v for k, v in _flat(data_record).items() if k not in ("train.path", "val.path")}
 
 
 def _refuse_differences(out: Path, old: RunConfig, new: RunConfig) -> None:
