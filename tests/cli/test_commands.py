@@ -128,3 +128,43 @@ def test_what_needs_no_tensor_starts_without_torch(arguments, config):
 
 def test_the_torch_probe_can_fail(config, tmp_path):
     assert loads_torch("train", config, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+        OSError(28, "No space left on device"),
+    ],
+    ids=["gpu", "cpu", "python", "disk"],
+)
+def test_what_the_machine_lacks_is_a_failed_run_in_one_line(error, monkeypatch, capsys):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr("umup.cli.main._run", fail)
+    assert main(["train"]) == 3
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert len(line) > len("umup: \n")
+
+
+def test_a_fault_of_the_program_is_not_taken_for_a_lack_of_memory(monkeypatch):
+    def fail(*args):
+        raise RuntimeError("unsupported memory format option")
+
+    monkeypatch.setattr("umup.cli.main._run", fail)
+    with pytest.raises(RuntimeError):
+        main(["train"])
+
+
+def test_a_reader_that_leaves_early_is_no_error(monkeypatch, capsys):
+    def fail(*args):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("umup.cli.main._run", fail)
+    monkeypatch.setattr("sys.stdout", sys.stdout)
+    assert main(["explain"]) == 0
+    assert capsys.readouterr().err == ""

@@ -277,3 +277,8 @@ def test_sections_are_all_there_is():
 def test_values_that_would_only_fail_later_are_refused(section, named):
     with pytest.raises(ConfigError, match=named):
         parse_config(section)
+
+
+def test_an_unknown_key_that_is_called_like_a_type_is_named():
+    with pytest.raises(ConfigError, match=r"unknown key 'data\.str'"):
+        parse_config({"data": {"str": 1}})

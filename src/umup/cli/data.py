@@ -16,7 +16,6 @@ def run(arguments: list[str]) -> int:
 
     from umup.data.tokens import prepare
 
-    batch = config.train.batch_size * config.model.max_seq_len + 1
     console = Console(stderr=True)
     with Progress(console=console, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("tokenizing", total=None)
@@ -24,7 +23,7 @@ def run(arguments: list[str]) -> int:
         def progress(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        files = prepare(config.data, config.model.vocab_size, batch, progress)
+        files = prepare(config.data, config.model.vocab_size, config.tokens_per_batch, progress)
     if known.json:
         print(json.dumps(files.record))
     else:

@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from math import inf
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -53,16 +52,14 @@ def _story(out: Path, fast: bool, workers: int, as_json: bool) -> int:
     demo = FAST if fast else FULL
     make_directory(out)
     first = proxy_config(demo, next(iter(demo.grids)))
-    files = prepare(first.data, first.model.vocab_size, 1)
+    files = prepare(first.data, first.model.vocab_size, first.tokens_per_batch)
+    corpus = "/".join(files.record[part]["sha256"] for part in ("train", "val"))
     say(f"text: {len(files.train):,} bytes of this Python's library to train on, {len(files.val):,} held out")
     say(
         f"1. sweep: widths {', '.join(map(str, demo.widths))}, schemes {', '.join(demo.grids)}, {demo.steps} steps each"
     )
     with worker_pool(workers) as pool, _bar("   trials") as observe:
-        transfers = sweep(
-            demo,
-            Runner(Journal(out / "trials.jsonl", corpus=json.dumps(files.record["train"]["sha256"])), pool, observe),
-        )
+        transfers = sweep(demo, Runner(Journal(out / "trials.jsonl", corpus), pool, observe))
     write_csv(transfers, out / "transfer.csv")
     title = f"tuned at width {demo.proxy}; two layers, {demo.steps} steps of 1024 bytes of Python; bars: seeds"
     draw(transfers, out / "transfer.png", title)
@@ -93,7 +90,7 @@ def _story(out: Path, fast: bool, workers: int, as_json: bool) -> int:
 def _train_and_write(
     demo: "DemoPlan", transfers: list["WidthTransfer"], out: Path, say: Callable[[str], None]
 ) -> dict[str, float]:
-    """Train the widest in each scheme and print a sample of each; returns the validation losses."""
+    """Train the widest in each scheme and print a sample of each; returns the losses of those that did not diverge."""
     from umup.cli.train import progress
     from umup.inference.completion import load_run
     from umup.inference.generate import Sampling
@@ -107,7 +104,6 @@ def _train_and_write(
             try:
                 losses[t.scheme] = run_training(final_config(demo, t), home, watch).val_loss
             except DivergedError as error:
-                losses[t.scheme] = inf
                 say(f"   {t.scheme:5s} rate 2^{t.rate:g}: diverged at {error}")
                 continue
         samples[t.scheme] = load_run(home).complete(PROMPT, 56, Sampling(temperature=0.7)).text

@@ -39,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = None
         return 0
     except (OSError, MemoryError, BrokenExecutor) as error:
-        return _complain(error or type(error).__name__, 3)
+        return _complain(str(error) or type(error).__name__, 3)
     except RuntimeError as error:
-        if "memory" not in str(error):  # how torch reports that an allocation failed
+        if not any(words in str(error) for words in ("out of memory", "allocate memory")):  # torch's two wordings
             raise
         return _complain(f"out of memory: {str(error).splitlines()[0]}", 3)
     except KeyboardInterrupt:

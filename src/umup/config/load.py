@@ -119,8 +119,10 @@ def _arrays_to_tuples(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _one_line(error: ErrorDetails) -> str:
-    # pydantic appends the union member it tried ("data.source.str"); the user wrote only the keys.
-    where = [str(part) for part in error["loc"] if str(part) not in ("str", "list[str]")]
+    where = [str(part) for part in error["loc"]]
+    if error["type"] != "extra_forbidden":
+        # pydantic appends the union member it tried ("data.source.str"); the user wrote only the keys.
+        where = [part for part in where if part not in ("str", "list[str]")]
     dotted = ".".join(where)
     if error["type"] == "extra_forbidden":
         return f"unknown key {dotted!r}; {did_you_mean(where[-1], _fields_at(where[:-1]))}"

@@ -187,6 +187,11 @@ class RunConfig(Section):
         return self
 
     @property
+    def tokens_per_batch(self) -> int:
+        """What one microbatch takes of a corpus: its inputs and the last target."""
+        return self.train.batch_size * self.model.max_seq_len + 1
+
+    @property
     def tokens_per_step(self) -> int:
         """Global tokens of one optimizer step."""
         return self.train.batch_size * self.train.grad_accum * self.model.max_seq_len

@@ -104,8 +104,7 @@ def run_trial(config: RunConfig) -> Trial:
     """One run, nothing written; divergence is a result. A worker prepares each corpus once."""
     from umup.train.loop import run_training
 
-    batch = config.train.batch_size * config.model.max_seq_len + 1
-    data = (config.data.model_dump_json(), config.model.vocab_size, batch)
+    data = (config.data.model_dump_json(), config.model.vocab_size, config.tokens_per_batch)
     if data not in _prepared:
         _prepared[data] = prepare(config.data, *data[1:])
     try:

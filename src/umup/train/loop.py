@@ -54,7 +54,7 @@ def run_training(
     plan = plan_for(config)
     device = device_of(config)
     seq_len = config.model.max_seq_len
-    files = files or prepare(config.data, config.model.vocab_size, min_tokens=t.batch_size * seq_len + 1)
+    files = files or prepare(config.data, config.model.vocab_size, config.tokens_per_batch)
     batches = Batches(files.train.load(), t.batch_size, seq_len, t.seed)
     held_out = [
         to_device(b, device) for b in Batches(files.val.load(), t.batch_size, seq_len, t.seed).fixed(t.eval_batches)
