@@ -1,0 +1,1 @@
+"""Number formats, what they do to a tensor, and the products that run in them."""
