@@ -89,6 +89,17 @@ def test_a_key_that_stands_twice_is_an_error(text):
             "unknown key 'parametrization.base.num_layer'; did you mean 'num_layers'",
         ),
         ({"precision": {"zzz": 1}}, "unknown key 'precision.zzz'; known: recipe"),
+        ({"precision": {"recipe": "fp9"}}, "^precision.recipe: unknown recipe 'fp9'; did you mean 'fp8'"),
+        ({"precision": {"recipe": "simulate:E1M2"}}, "^precision.recipe: .* write simulate:ExMy"),
+        ({"precision": {"recipe": 8}}, "^precision.recipe: expected a valid string, found 8"),
+        (
+            {"precision": {"scales": "adaptive"}},
+            "precision.scales: expected 'static', .* or 'dynamic', found 'adaptive'",
+        ),
+        ({"precision": {"sample_every": 0}}, "precision.sample_every: expected greater than 0, found 0"),
+        ({"precision": {"backend": "cutlass"}}, "precision.backend: expected 'auto', 'scaled_mm' or 'emulate', found"),
+        ({"precision": {"overrides": ["head"]}}, "precision.overrides: expected a valid dictionary"),
+        ({"precision": {"overrides": {"head": 8}}}, "precision.overrides.head: expected a valid string, found 8"),
         # The misspelt key is the cause, the missing one its consequence.
         ({"parametrization": {"base": {"hiden_size": 64}}}, "did you mean 'hidden_size'"),
         ({"parametrization": {"base": {}}}, "parametrization.base.hidden_size is missing"),
@@ -187,11 +198,22 @@ def test_overrides_lie_over_the_file_and_leave_the_rest():
         (("optimizer.lr.x", "1"), "optimizer.lr: expected a valid number"),
         (("optimizer.lr", "fast"), "optimizer.lr: expected a valid number, found 'fast'"),
         (("optimizer.lr", ""), "optimizer.lr: expected a valid number, found None"),
+        (("precision.overrides.layers.*.attn.q", "bf16"), "precision.overrides: .* write the pattern whole"),
     ],
 )
 def test_a_wrong_override_is_named(override, message):
     with pytest.raises(ConfigError, match=message):
         parse_config({}, [override])
+
+
+def test_products_are_overridden_by_one_value_that_keeps_its_order():
+    config = parse_config(
+        {}, [("precision.overrides", "{'layers.*.attn.q': bf16, '*.down': 'simulate:E3M4', head: fp8}")]
+    )
+    patterns = [("layers.*.attn.q", "bf16"), ("*.down", "simulate:E3M4"), ("head", "fp8")]
+    assert list(config.precision.overrides.items()) == patterns
+    again = parse_config(read_yaml(dump_yaml(config)))
+    assert list(again.precision.overrides.items()) == patterns
 
 
 def test_an_override_that_is_not_yaml_is_a_word():

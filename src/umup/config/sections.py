@@ -1,8 +1,11 @@
 """The sections of a run config. Every field's docstring is what `--help` prints."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from umup.errors import ConfigError
+from umup.rules.precision import Scales, find_recipe
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -91,6 +94,10 @@ class OptimizerConfig(Section):
     """weight decay of matrices; norms and biases have none"""
     independent_weight_decay: bool = True
     """true: w *= 1 - wd * lr_t/lr_peak; false: torch's w *= 1 - lr_t * wd"""
+    state_dtype: Literal["fp32", "bf16"] = "fp32"
+    """dtype of Adam's two moments; bf16 halves their memory and is rounded stochastically"""
+    master_dtype: Literal["fp32", "bf16"] = "fp32"
+    """dtype of the parameters and their gradients; bf16 halves them and is rounded stochastically"""
 
 
 class ScheduleConfig(Section):
@@ -149,10 +156,40 @@ class TrainConfig(Section):
 
 
 class PrecisionConfig(Section):
-    """Number formats."""
+    """Number formats of activations and of products (the matmuls of linears)."""
 
-    recipe: Literal["fp32", "bf16"] = "fp32"
-    """dtype of activations and products; parameters, gradients and Adam stay float32"""
+    recipe: str = "fp32"
+    """fp32, bf16, fp16; fp8 (hidden products), fp8_partial (spares attention-out and FFN-down), fp8_e4m3 (gradients
+    in E4M3 too), fp8_head (the head too); or simulate:ExMy, e.g. simulate:E4M3 (rows of rules/precision.py)"""
+    overrides: dict[str, str] = Field(default_factory=dict)
+    """recipe by glob pattern on product names, e.g. {'*.mlp.down': bf16, head: fp8}; later patterns win, and the
+    recipe's dtype of activations spares a product"""
+    scales: Scales = "adapt"
+    """of FP8 operands: static (constants), monitor (constants, and a warning where they stop serving), adapt (constants
+    that follow sampled ranges), dynamic (from each tensor's maximum)"""
+    sample_every: Positive = 100
+    """monitor, adapt: steps between two looks at the ranges"""
+    compact: bool = False
+    """FP8: keep gate and up for the backward pass in E4M3 as well; about a fifth less activation memory"""
+    backend: Literal["auto", "scaled_mm", "emulate"] = "auto"
+    """of FP8 products: scaled_mm (torch's FP8 kernels), emulate (float32 arithmetic on FP8 values, on any device), or
+    auto: scaled_mm, refused where there is no GPU with FP8"""
+
+    @field_validator("recipe")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return find_recipe(name).name
+
+    @field_validator("overrides", mode="before")
+    @classmethod
+    def _undotted(cls, given: Any) -> Any:
+        # `--precision.overrides.layers.0.attn.q bf16` is split at every dot, those of the pattern included.
+        if isinstance(given, dict) and any(isinstance(value, dict) for value in given.values()):
+            raise ConfigError(
+                "precision.overrides: expected one recipe per pattern, found a section; write the pattern whole, as in "
+                "--precision.overrides \"{'layers.*.attn.q': bf16}\""
+            )
+        return given
 
 
 class RunConfig(Section):
@@ -177,6 +214,11 @@ class RunConfig(Section):
         heads = m.hidden_size // m.head_dim
         if m.num_kv_heads is not None and heads % m.num_kv_heads:
             raise ValueError(f"model.num_kv_heads {m.num_kv_heads} does not divide the {heads} query heads")
+        if self.optimizer.master_dtype == "bf16" and t.grad_accum > 1:
+            raise ValueError(
+                f"optimizer.master_dtype bf16 would add up the gradients of train.grad_accum {t.grad_accum} "
+                "microbatches in bf16; write master_dtype: fp32, or one larger microbatch"
+            )
         if s.warmup_steps >= t.steps:
             raise ValueError(f"schedule.warmup_steps {s.warmup_steps} leaves nothing of train.steps {t.steps}")
         if s.name == "wsd" and s.warmup_steps + s.decay_fraction * t.steps > t.steps:

@@ -11,6 +11,7 @@ from umup.config.sections import BaseShape, ModelConfig, ParametrizationConfig, 
 from umup.errors import ConfigError
 from umup.models.families import Family, family
 from umup.rules.plan import Plan, make_plan
+from umup.rules.precision import Product, find_recipe, products
 from umup.rules.roles import Architecture, OpKind, OpSite, ParamSpec, Role, Sizes
 from umup.rules.schemes import scheme as find_scheme
 
@@ -182,6 +183,12 @@ def plan_for(config: RunConfig) -> Plan:
         hparams=p.hparams,
         options=p.options,
     )
+
+
+def products_for(config: RunConfig, plan: Plan) -> dict[str, Product]:
+    """Every matmul of a run and its number format. Raises ConfigError, see `rules.precision.products`."""
+    p = config.precision
+    return products(plan, find_recipe(p.recipe), p.overrides, p.scales)
 
 
 def plan_under(config: RunConfig, scheme: str) -> Plan:

@@ -1,13 +1,14 @@
 """A plan for human eyes: numbers by name, layers that agree collapsed, then every rule behind them with its source."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from umup.rules.opscales import Value
 from umup.rules.plan import STORAGE_QUANTITIES, USE_QUANTITIES, Plan
+from umup.rules.precision import LAYER, Product
 
-LAYER = re.compile(r"(?<=layers\.)\d+")
+T = TypeVar("T")
 COLUMNS = ("init_std", *USE_QUANTITIES, *(q for q in STORAGE_QUANTITIES if not q.startswith("init")))
 
 
@@ -22,16 +23,24 @@ class ExplainRow:
 
 def parameter_rows(plan: Plan) -> list[ExplainRow]:
     """The plan's parameters; layers that agree on all numbers are one row."""
-    return list(_collapse({name: (str(p.spec.role), p.values) for name, p in plan.params.items()}))
+    entries = {name: (str(p.spec.role), p.values) for name, p in plan.params.items()}
+    return [ExplainRow(shown, *entry) for shown, entry in _collapse(entries)]
 
 
 def site_rows(plan: Plan) -> list[ExplainRow]:
     """The plan's operation sites, likewise."""
-    return list(_collapse({name: (str(op.site.kind), op.values) for name, op in plan.ops.items()}))
+    entries = {name: (str(op.site.kind), op.values) for name, op in plan.ops.items()}
+    return [ExplainRow(shown, *entry) for shown, entry in _collapse(entries)]
 
 
-def explain_text(plan: Plan) -> str:
-    """The plan as three aligned tables: parameters, sites, and the rule and source of every number."""
+def product_rows(products: Mapping[str, Product]) -> list[Product]:
+    """The products, likewise; a row's name stands for every layer where the rest holds."""
+    entries = {name: replace(p, name="") for name, p in products.items()}
+    return [replace(product, name=shown) for shown, product in _collapse(entries)]
+
+
+def explain_text(plan: Plan, products: Mapping[str, Product] | None = None) -> str:
+    """The plan as aligned tables: parameters, sites, products where given, and the rule and source of every number."""
     params, sites = parameter_rows(plan), site_rows(plan)
     numbers = [(r.name, r.role, *(_number(_initial(r.values).get(q)) for q in COLUMNS)) for r in params]
     at_sites = [(r.name, r.role, "  ".join(f"{q} {v.number:.6g}" for q, v in r.values.items())) for r in sites]
@@ -39,6 +48,7 @@ def explain_text(plan: Plan) -> str:
     tables = (
         table([("parameter", "role", *COLUMNS), *numbers]),
         table([("site", "kind", "numbers"), *at_sites]),
+        *([_product_table(products)] if products else []),
         table([("role", "quantity", "rule", "source"), *rules]),
     )
     return "\n\n".join([_headline(plan), *tables])
@@ -66,14 +76,23 @@ def table(rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join("  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
-def _collapse(entries: Mapping[str, tuple[str, Mapping[str, Value]]]) -> Iterator[ExplainRow]:
+def _product_table(products: Mapping[str, Product]) -> str:
+    rows = [("product", "role", "x and w", "gradient", "stream", "why")]
+    for p in product_rows(products):
+        how = " simulated" * p.simulated
+        formats = ((p.forward or p.stream) + how, (p.gradient or p.stream) + how)
+        rows.append((p.name, str(p.role), *formats, p.stream, p.reason))
+    return table(rows)
+
+
+def _collapse(entries: Mapping[str, T]) -> Iterator[tuple[str, T]]:
     patterns: dict[str, list[str]] = {}
     for name in entries:
         patterns.setdefault(LAYER.sub("*", name), []).append(name)
     for pattern, names in patterns.items():
-        same = all(entries[n][1] == entries[names[0]][1] for n in names)
+        same = all(entries[n] == entries[names[0]] for n in names)
         for shown, name in [(pattern, names[0])] if same else [(n, n) for n in names]:
-            yield ExplainRow(shown, *entries[name])
+            yield shown, entries[name]
 
 
 def _initial(values: Mapping[str, Value]) -> dict[str, Value]:

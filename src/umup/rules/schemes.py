@@ -44,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Scheme:
-    """A parametrization."""
+    """A parametrization; a `unit_scaled` one keeps tensors near RMS 1, so that FP8 and FP16 need no measured scale."""
 
     name: str
     title: str
@@ -54,6 +54,7 @@ class Scheme:
     hparams: tuple[HParam, ...] = ()
     options: tuple[Option, ...] = ()
     needs_base: bool = False
+    unit_scaled: bool = False
     on_residual: Mapping[str, Cell] = field(default_factory=dict)
 
 
@@ -191,6 +192,7 @@ UMUP = Scheme(
     name="umup",
     title="unit-scaled maximal update parametrization",
     source="2407.17465",
+    unit_scaled=True,
     ops=UNIT_OPS,
     hparams=(
         _alpha("alpha_ffn_act", "temperature of the MLP's activation"),
