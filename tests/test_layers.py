@@ -30,7 +30,17 @@ LAYERS = {
 }
 
 # Every module of these packages, and these single modules, must load without torch.
-TORCH_FREE = ["errors", "rules", "config", "data", "models.families", "models.presets", "models.specs", "cli.main"]
+TORCH_FREE = [
+    "errors",
+    "rules",
+    "config",
+    "data",
+    "models.families",
+    "models.presets",
+    "models.specs",
+    "models.memory",
+    "cli.main",
+]
 
 # Heavy or optional packages and the one place that may import them (house rule 4).
 HOMES = {

@@ -21,6 +21,7 @@ def test_public_names():
         "RunError",
         "SCHEMES",
         "Sampling",
+        "ScaleKeeper",
         "UmupError",
         "build",
         "load_config",
@@ -43,7 +44,7 @@ def test_no_public_name_is_a_subpackage():
 
 
 def test_commands():
-    assert list(COMMANDS) == ["demo", "train", "generate", "data", "explain"]
+    assert list(COMMANDS) == ["demo", "train", "generate", "data", "explain", "ranges", "bench"]
 
 
 def test_config_sections():

@@ -23,6 +23,7 @@ _HOME = {
     "build": "umup.models.build",
     "param_groups": "umup.optim.groups",
     "run_training": "umup.train.loop",
+    "ScaleKeeper": "umup.train.precision",
     "Sampling": "umup.inference.generate",
     "load_run": "umup.inference.completion",
 }

@@ -2,7 +2,7 @@
 
     checkpoints/step-00000100/
         model.safetensors       parameters by name
-        training.safetensors    optimizer/<entry>/<name>, rng/<device>
+        training.safetensors    optimizer/<entry>/<name>, rng/<device>, precision/<linear>
         state.json              step, data position
         manifest.json           version, and size and sha256 of the three others
 
@@ -34,13 +34,17 @@ MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.safetensors", 
 
 @dataclass(frozen=True)
 class RunState:
-    """Everything a run needs to go on: `step` optimizer steps are done, `data` is the position of the next batch."""
+    """Everything a run needs to go on: `step` optimizer steps are done, `data` is the position of the next batch.
+
+    `precision` holds the scales of FP8 products; runs without any have none.
+    """
 
     step: int
     data: dict[str, int]
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     rng: dict[str, Tensor]
+    precision: dict[str, Tensor]
 
 
 def save_checkpoint(run: Path, state: RunState, keep: int) -> Path:
@@ -52,7 +56,8 @@ def save_checkpoint(run: Path, state: RunState, keep: int) -> Path:
         shutil.rmtree(old, ignore_errors=True)
     draft.mkdir(parents=True)
     _save(state.model, draft / MODEL)
-    training = {f"optimizer/{n}": t for n, t in state.optimizer.items()} | {f"rng/{n}": t for n, t in state.rng.items()}
+    parts = {"optimizer": state.optimizer, "rng": state.rng, "precision": state.precision}
+    training = {f"{part}/{n}": t for part, tensors in parts.items() for n, t in tensors.items()}
     _save(training, draft / TRAINING)
     (draft / STATE).write_text(json.dumps({"step": state.step, "data": state.data}))
     files = {name: _fingerprint(draft / name) for name in (MODEL, TRAINING, STATE)}
@@ -96,11 +101,11 @@ def load_checkpoint(folder: Path) -> RunState:
             raise CheckpointError(f"checkpoint {folder}: {name} is truncated or altered")
     state = json.loads((folder / STATE).read_text())
     training = load_file(folder / TRAINING)
-    parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "rng": {}}
+    parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "rng": {}, "precision": {}}
     for key, tensor in training.items():
         part, _, name = key.partition("/")
         parts[part][name] = tensor
-    return RunState(state["step"], state["data"], load_file(folder / MODEL), parts["optimizer"], parts["rng"])
+    return RunState(state["step"], state["data"], load_file(folder / MODEL), **parts)
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:

@@ -246,6 +246,36 @@ def test_a_wrong_command_line_is_refused(arguments, named, refused):
     assert all(text in line for text in named), line
 
 
+PRECISION = {
+    "unknown recipe": (["--precision.recipe", "fp8_partail"], ["precision.recipe", "did you mean 'fp8_partial'"]),
+    "static FP8 without unit scaling": (
+        ["--precision.recipe", "fp8", "--parametrization.scheme", "sp"],
+        ["'sp'", "write precision.scales: dynamic, parametrization.scheme: umup"],
+    ),
+    "FP16 without unit scaling": (
+        ["--precision.recipe", "fp16", "--parametrization.scheme", "sp"],
+        ["needs loss scaling", "write precision.recipe: bf16"],
+    ),
+    "odd sides": (
+        ["--precision.recipe", "fp8", "--model.intermediate_size", "40"],
+        ["layers.0.mlp.gate maps 32 features to 40", "change 40 to 48", "{'layers.*.mlp.gate': bf16}"],
+    ),
+    "unmatched override": (
+        ["--precision.recipe", "fp8", "--precision.overrides", "{layers.0.attn.query: bf16}"],
+        ["precision.overrides 'layers.0.attn.query'", "did you mean"],
+    ),
+    "dotted override": (["--precision.overrides.head", "{a: b}"], ["write the pattern whole"]),
+}
+
+
+@pytest.mark.parametrize("against", [[], ["--against", "umup"]], ids=["alone", "against"])
+@pytest.mark.parametrize("case", PRECISION)
+def test_explain_refuses_formats_that_could_not_run(case, against, config, refused):
+    arguments, named = PRECISION[case]
+    line = refused("explain", config, *arguments, *against)
+    assert all(text in line for text in named), line
+
+
 def test_explain_against_an_unknown_scheme_or_one_without_its_base_is_refused(config, refused):
     assert "did you mean 'umup'" in refused("explain", config, "--against", "umupp")
     assert "needs a base shape" in refused("explain", config, "--against", "mup")

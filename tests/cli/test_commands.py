@@ -77,6 +77,25 @@ def test_explain_json_is_the_plan(scheme, config, capsys):
     assert "head.weight" in plan.params
 
 
+def test_explain_shows_which_product_runs_in_which_format(config, capsys):
+    lines = printed(capsys, "explain", config, "--precision.recipe", "fp8_partial").splitlines()
+    header = next(i for i, line in enumerate(lines) if line.startswith("product "))
+    rows = {line.split()[0]: line for line in lines[header + 1 : lines.index("", header)]}
+    assert rows["layers.*.mlp.up"].split()[1:5] == ["hidden", "E4M3", "E5M2", "bf16"]
+    assert rows["layers.*.mlp.down"].split()[1:6] == ["hidden_out", "bf16", "bf16", "bf16", "spared:"]
+    assert rows["head"].split()[1:5] == ["readout", "bf16", "bf16", "bf16"]
+
+
+def test_explain_json_adds_the_precision_to_the_plan(config, capsys):
+    overrides = ["--precision.recipe", "fp8", "--precision.overrides", "{'*.down': bf16}"]
+    text = printed(capsys, "explain", config, "--json", *overrides)
+    assert Plan.from_json(text) == Plan.from_json(printed(capsys, "explain", config, "--json"))
+    precision = json.loads(text)["precision"]
+    assert (precision["recipe"], precision["overrides"]) == ("fp8", {"*.down": "bf16"})
+    assert precision["products"]["layers.0.attn.q"]["gradient"] == "E5M2"
+    assert precision["products"]["layers.0.mlp.down"]["forward"] is None
+
+
 def test_explain_against_shows_what_differs_in_two_columns(config, capsys):
     lines = printed(capsys, "explain", config, "--against", "sp").splitlines()
     assert lines[0].split() == ["name", "quantity", "umup", "sp"]

@@ -284,7 +284,7 @@ def unfinished(tmp_path, *steps):
     (run / "data.json").write_text('{"tokenizer": {"name": "bytes"}}')
     for step in steps:
         weights = {name: torch.full_like(p, float(step)) for name, p in build(config).named_parameters()}
-        save_checkpoint(run, RunState(step, {}, weights, {}, {"cpu": torch.get_rng_state()}), keep=9)
+        save_checkpoint(run, RunState(step, {}, weights, {}, {"cpu": torch.get_rng_state()}, {}), keep=9)
     return run
 
 

@@ -14,7 +14,8 @@ import torch
 
 from umup.config.load import parse_config
 from umup.models.build import build
-from umup.nn.modules import Attention, LayerNorm, Linear, RMSNorm
+from umup.nn.modules import Attention, LayerNorm, Linear, Matmul, RMSNorm
+from umup.ops.loss import cross_entropy
 
 BATCH, LENGTH, VOCAB = 4, 128, 256
 NARROW, WIDE, DEPTHS, SEEDS = 128, 512, (4, 24), range(8)
@@ -56,6 +57,9 @@ def measure(family, scheme, width, depth, seed=0):
     )
     assert config.tokens_per_step == BATCH * LENGTH
     model = build(config)
+    for module in model.modules():
+        if isinstance(module, Linear):  # of its own: q, k and v are to be seen apart
+            module.matmul = Matmul(module.scales)
     found = defaultdict(list)
 
     def note(name, tensor_name, tensor):
@@ -67,7 +71,7 @@ def measure(family, scheme, width, depth, seed=0):
             if isinstance(module, RMSNorm | LayerNorm):
                 note(name, "output", output)
                 return
-            for tensor_name, tensor in zip("qkv" if isinstance(module, Attention) else ["input"], inputs, strict=True):
+            for tensor_name, tensor in zip("qkv" if isinstance(module, Attention) else ["input"], inputs, strict=False):
                 note(name, tensor_name, tensor)
             output.register_hook(lambda gradient: note(name, "gradient", gradient))
 
@@ -77,9 +81,9 @@ def measure(family, scheme, width, depth, seed=0):
         if isinstance(module, Linear):
             note(name, "weight", module.weight)
         if isinstance(module, Linear | Attention | RMSNorm | LayerNorm):
-            watch(name, module)
+            watch(name, module.matmul if isinstance(module, Linear) else module)
     tokens, targets = torch.randint(VOCAB, (2, BATCH, LENGTH), generator=torch.Generator().manual_seed(seed))
-    model.loss(tokens, targets).backward()
+    cross_entropy(model(tokens), targets, model.loss_multiplier, model.loss_grad).backward()
     return dict(found)
 
 

@@ -20,12 +20,13 @@ def state(step):
         {"a.weight": weight},
         {"exp_avg/a.weight": weight * 2, "step/a.weight": torch.tensor(float(step))},
         {"cpu": torch.get_rng_state()},
+        {"layers.0.attn.q": torch.tensor([step, -1, 2, 0], dtype=torch.int32)},
     )
 
 
 def same(a, b):
     assert (a.step, a.data) == (b.step, b.data)
-    for part in ("model", "optimizer", "rng"):
+    for part in ("model", "optimizer", "rng", "precision"):
         left, right = getattr(a, part), getattr(b, part)
         assert left.keys() == right.keys()
         assert all(torch.equal(left[k], right[k]) for k in left)

@@ -12,7 +12,7 @@ from umup.config.sections import RunConfig
 from umup.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from umup.errors import CheckpointError, InputError
 from umup.inference.generate import Sampling, generate
-from umup.models.build import DTYPES, decoder
+from umup.models.build import decoder, stream_of
 from umup.models.decoder import Decoder
 from umup.models.specs import shape_of
 from umup.rules.plan import Plan
@@ -96,7 +96,7 @@ def load_run(path: str | Path) -> LoadedRun:
         if state is None:
             raise CheckpointError(f"run {run} has no weights yet; train it first")
         weights, step = state.model, state.step
-    model = decoder(shape_of(config.model), plan, DTYPES[config.precision.recipe])
+    model = decoder(shape_of(config.model), plan, stream_of(config))
     load_weights(model, weights, f"run {run}")
     return LoadedRun(model, _tokenizer(run, config), config, plan, step)
 

@@ -1,21 +1,26 @@
 """Config + plan -> module. With adapt/apply.py the only place where rules and tensors meet."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from umup.config.sections import RunConfig
+from umup.config.sections import PrecisionConfig, RunConfig
 from umup.models.decoder import MLP, Block, Decoder, GatedMLP, LearnedPositions, SelfAttention
-from umup.models.specs import Shape, plan_for, shape_of
+from umup.models.specs import Shape, plan_for, products_for, shape_of
+from umup.nn.fp8 import Encoded, convert
 from umup.nn.modules import Attention, Dropout, Embedding, LayerNorm, Linear, Residual, RMSNorm, UseScales
-from umup.ops.activation import gated_silu, gelu, silu
+from umup.numerics.formats import find_format
+from umup.numerics.gemm import Formats, require_fp8
+from umup.ops.activation import gelu, silu
 from umup.ops.attention import rotary_tables
 from umup.rules.plan import USE_QUANTITIES, Plan
+from umup.rules.precision import SIDE, Product, find_recipe
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "silu": silu,
     "gelu": gelu,
@@ -23,12 +28,46 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def build(config: RunConfig, plan: Plan | None = None) -> Decoder:
-    """The config's model, initialised by the plan (the config's own if none is given) and `train.seed`."""
+def build(config: RunConfig, plan: Plan | None = None, device: torch.device | str = "cpu") -> Decoder:
+    """The config's model on `device`, initialised by the plan (the config's own if none is given) and `train.seed`.
+
+    Raises ConfigError where the device cannot run the config's number formats.
+    """
     plan = plan or plan_for(config)
-    model = decoder(shape_of(config.model), plan, DTYPES[config.precision.recipe])
+    products = products_for(config, plan)
+    model = decoder(shape_of(config.model), plan, stream_of(config))
     initialise(model, plan, config.train.seed)
+    model = model.to(device)
+    for p in model.parameters():
+        p.data = p.data.to(DTYPES[config.optimizer.master_dtype])
+    encode_products(model, products.values(), config.precision)
+    for layer in model.layers:
+        if isinstance(layer.mlp, GatedMLP):
+            layer.mlp.compact = config.precision.compact
     return model
+
+
+def stream_of(config: RunConfig) -> torch.dtype:
+    """The dtype of activations."""
+    return DTYPES[find_recipe(config.precision.recipe).stream]
+
+
+def encode_products(model: nn.Module, products: Iterable[Product], precision: PrecisionConfig) -> list[Encoded]:
+    """Put a model's products on their formats (rules/precision.py); those without one are left alone."""
+    device = next(model.parameters()).device
+    formats = {}
+    for p in products:
+        if p.forward is not None and p.gradient is not None:
+            backend = "emulate" if p.simulated else precision.backend
+            if backend == "auto":
+                require_fp8(device)
+                backend = "scaled_mm"
+            dynamic = precision.scales == "dynamic"
+            forward, gradient = find_format(p.forward), find_format(p.gradient)
+            if p.simulated and (p.fan_in % SIDE or p.fan_out % SIDE):  # in float32: FP8 products would refuse them
+                forward, gradient = replace(forward, dtype=None), replace(gradient, dtype=None)
+            formats[p.name] = Formats(forward, gradient, backend, dynamic)
+    return convert(model, formats)
 
 
 def decoder(shape: Shape, plan: Plan, dtype: torch.dtype = torch.float32) -> Decoder:
@@ -130,4 +169,4 @@ class _Parts:
             activation = partial(ACTIVATIONS[s.family.activation], mult=op["mult"], output=op["output"])
             return MLP(norm, up, activation, *tail)
         gate = self.linear(f"{name}.gate", s.hidden_size, s.intermediate_size)
-        return GatedMLP(norm, gate, up, partial(gated_silu, mult=op["mult"], output=op["output"]), *tail)
+        return GatedMLP(norm, gate, up, (op["mult"], op["output"]), *tail)

@@ -8,14 +8,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from umup.nn.modules import Attention, Embedding, Linear, Residual
+from umup.nn.fp8 import StaticMatmul
+from umup.nn.modules import Attention, Embedding, Linear, Residual, join, project, share_matmul
+from umup.numerics.kernels import ALIGNMENT
+from umup.ops.activation import gated_silu
 from umup.ops.attention import rotary
 from umup.ops.cache import Cache
 from umup.ops.embedding import add, embedding
-from umup.ops.loss import cross_entropy
+from umup.ops.gated_mlp import gated_mlp
+from umup.ops.rotary_projection import rotary_projection
 
 Activation = Callable[[Tensor], Tensor]
-GatedActivation = Callable[[Tensor, Tensor], Tensor]
 
 
 class SelfAttention(nn.Module):
@@ -37,19 +40,39 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, head_dim
         self.norm, self.q, self.k, self.v, self.sdpa, self.out = norm, q, k, v, sdpa, out
+        share_matmul(q, k, v)
         self.dropout, self.residual = dropout, residual
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
         """(B, S, C) -> (B, S, C)."""
         x, skip = self.residual.split(x)
-        h = self.norm(x)
-        q, k, v = (self._heads(project(h)) for project in (self.q, self.k, self.v))
+        q, k, v = self._project(self.norm(x), rotation, cache)
+        out = self.sdpa(q, k, v).transpose(-3, -2).flatten(-2)
+        return self.residual.add(self.dropout(self.out(out)), skip)
+
+    def _project(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, cache: Cache | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated q, and k and v of all positions, by heads: in FP8 as one segment where that can be."""
+        matmul = self.q.matmul
+        if (
+            isinstance(matmul, StaticMatmul)
+            and matmul is self.k.matmul is self.v.matmul
+            and matmul.fusable
+            and rotation is not None
+            and cache is None
+            and self.q.bias is self.k.bias is self.v.bias is None
+            and _whole_tiles(x)
+        ):
+            weights = self.q.weight, self.k.weight, self.v.weight
+            heads = len(self.q.weight) // self.head_dim, len(self.k.weight) // self.head_dim
+            return rotary_projection(x, join(weights), rotation, heads, matmul.gemm, matmul.state)
+        q, k, v = (self._heads(part) for part in project(x, self.q, self.k, self.v))
         if rotation is not None:
             q, k = rotary(q, *rotation), rotary(k, *rotation)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        out = self.sdpa(q, k, v).transpose(-3, -2).flatten(-2)
-        return self.residual.add(self.dropout(self.out(out)), skip)
+        return q, k, v
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self.head_dim).transpose(-3, -2)
@@ -72,27 +95,55 @@ class MLP(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """norm -> gate, up -> gated activation -> down, as one residual branch."""
+    """norm -> gate, up -> gated SiLU -> down, as one residual branch.
+
+    act: the activation's (mult, output). `compact`: where the products are in FP8, keep gate and up in E4M3 too.
+    """
 
     def __init__(
         self,
         norm: nn.Module,
         gate: Linear,
         up: Linear,
-        act: GatedActivation,
+        act: tuple[float, float],
         down: Linear,
         dropout: nn.Module,
         residual: Residual,
     ) -> None:
         super().__init__()
         self.norm, self.gate, self.up, self.act, self.down = norm, gate, up, act, down
+        share_matmul(gate, up)
+        self.compact = False
         self.dropout, self.residual = dropout, residual
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, C) -> (B, S, C)."""
         x, skip = self.residual.split(x)
-        h = self.norm(x)
-        return self.residual.add(self.dropout(self.down(self.act(self.gate(h), self.up(h)))), skip)
+        return self.residual.add(self.dropout(self._inside(self.norm(x))), skip)
+
+    def _inside(self, x: Tensor) -> Tensor:
+        """gate, up, activation, down: in FP8 as one segment where that can be, else one after another."""
+        first, last = self.gate.matmul, self.down.matmul
+        if (
+            isinstance(first, StaticMatmul)
+            and isinstance(last, StaticMatmul)
+            and first is self.up.matmul
+            and first.fusable
+            and last.fusable
+            and self.gate.bias is self.up.bias is self.down.bias is None
+            and _whole_tiles(x)
+        ):
+            weights = join((self.gate.weight, self.up.weight)), self.down.weight
+            gemms, states = (first.gemm, last.gemm), (first.state, last.state)
+            return gated_mlp(x, weights, gemms, states, *self.act, self.compact)
+        gate, up = project(x, self.gate, self.up)
+        out: Tensor = self.down(gated_silu(gate, up, *self.act))
+        return out
+
+
+def _whole_tiles(x: Tensor) -> bool:
+    tokens = x.numel() // x.shape[-1]
+    return tokens > 0 and tokens % ALIGNMENT == 0
 
 
 class Block(nn.Module):
@@ -152,6 +203,11 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """(B, S) ids -> (B, S, vocab) logits, in the compute dtype, before the loss's multiplier."""
+        logits: Tensor = self.head(self.trunk(tokens, cache))
+        return logits
+
+    def trunk(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """(B, S) ids -> (B, S, C): all but the head."""
         start = 0 if cache is None else cache.length()
         x = self.embed(tokens).to(self.dtype)
         if self.positions is not None:
@@ -161,12 +217,14 @@ class Decoder(nn.Module):
         rotation = (self.cos[start:end], self.sin[start:end]) if self.rotates else None
         for layer in self.layers:
             x = layer(x, rotation, cache)
-        logits: Tensor = self.head(self.norm(x))
-        return logits
+        out: Tensor = self.norm(x)
+        return out
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy in nats; its gradient is the plan's (ops/loss.py)."""
-        return cross_entropy(self(tokens), targets, self.loss_multiplier, self.loss_grad)
+        product, x = self.head.matmul, self.trunk(tokens)
+        loss: Tensor = product.loss(x, self.head.weight, targets, self.loss_multiplier, self.loss_grad)
+        return loss
 
     def next_token_logits(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """(B, S) -> (B, vocab): what the loss's softmax sees at the last position, float32 or wider."""

@@ -9,10 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from umup.numerics.gemm import Gemm
 from umup.ops.activation import dropout
 from umup.ops.attention import attention
 from umup.ops.embedding import embedding
 from umup.ops.linear import add_bias, linear
+from umup.ops.loss import linear_cross_entropy
 from umup.ops.norm import layer_norm, rms_norm
 from umup.ops.residual import residual_add, residual_split
 
@@ -25,6 +27,32 @@ class UseScales(NamedTuple):
     grad_weight: float = 1.0
 
 
+class Matmul(nn.Module):
+    """The matrix product of one linear layer, or of several that read the same input, in the input's dtype.
+
+    Several weights are one product: their outputs lie side by side. nn/fp8.py replaces this module by one in FP8.
+    """
+
+    def __init__(self, scales: UseScales) -> None:
+        super().__init__()
+        self.scales = scales
+
+    def forward(self, x: Tensor, *weights: Tensor) -> Tensor:
+        """x: (..., fan_in), weights: (fan_out, fan_in) each -> (..., sum of fan_out)."""
+        if len(weights) > 1 and not torch.is_grad_enabled():  # decoding: joining the weights would cost more
+            return torch.cat([linear(x, w, *self.scales) for w in weights], -1)
+        return linear(x, join(weights), *self.scales)
+
+    def loss(self, x: Tensor, weight: Tensor, targets: Tensor, multiplier: float, grad: float) -> Tensor:
+        """Cross entropy of the outputs as logits (ops/loss.py)."""
+        return linear_cross_entropy(x, weight, targets, Gemm(*self.scales), multiplier, grad)
+
+
+def join(weights: tuple[Tensor, ...]) -> Tensor:
+    """Weights stacked along fan_out."""
+    return weights[0] if len(weights) == 1 else torch.cat(weights, -2)
+
+
 class Linear(nn.Module):
     """`multiplier * x W^T (+ bias_multiplier * b)`."""
 
@@ -33,13 +61,37 @@ class Linear(nn.Module):
         self.scales, self.bias_scales = scales, bias
         self.weight = nn.Parameter(torch.empty(fan_out, fan_in))
         self.bias = None if bias is None else nn.Parameter(torch.empty(fan_out))
+        self.matmul = Matmul(scales)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., fan_in) -> (..., fan_out)."""
-        out = linear(x, self.weight, *self.scales)
+        return self.add_bias(self.matmul(x, self.weight))
+
+    def add_bias(self, out: Tensor) -> Tensor:
+        """The product plus the bias, if there is one."""
         if self.bias is None or self.bias_scales is None:
             return out
         return add_bias(out, self.bias, self.bias_scales.multiplier, self.bias_scales.grad_weight)
+
+
+def share_matmul(*linears: Linear) -> None:
+    """Let linears that read the same input, with the same scales, run as one product. Others are left alone."""
+    if all(part.scales == linears[0].scales for part in linears):
+        for part in linears:
+            part.matmul = linears[0].matmul
+
+
+def project(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
+    """Each linear of x, (..., fan_in) -> (..., fan_out); those that share a product run as one."""
+    groups: dict[Matmul, list[int]] = {}
+    for i, part in enumerate(linears):
+        groups.setdefault(part.matmul, []).append(i)
+    found: dict[int, Tensor] = {}
+    for matmul, members in groups.items():
+        weights = [linears[i].weight for i in members]
+        parts = matmul(x, *weights).split([len(w) for w in weights], -1)
+        found |= {i: linears[i].add_bias(y) for i, y in zip(members, parts, strict=True)}
+    return tuple(found[i] for i in range(len(linears)))
 
 
 class Embedding(nn.Module):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from time import perf_counter
@@ -16,9 +17,11 @@ from umup.data.tokens import TokenFiles, prepare
 from umup.errors import CheckpointError
 from umup.models.build import build
 from umup.models.specs import plan_for
+from umup.optim.adamw import make_optimizer
 from umup.optim.groups import load_state_tensors, param_groups, state_tensors
 from umup.optim.schedule import apply_factor, factor
 from umup.train.metrics import Metrics, append_metrics, final_losses, rewind_metrics
+from umup.train.precision import ScaleKeeper, look_loss
 from umup.train.runtime import deferred_interrupts, device_of, open_run, restore_rng, rng_state
 from umup.train.step import StepResult, divergence, evaluate, to_device, train_step
 
@@ -62,7 +65,7 @@ def run_training(
 
     # 2. the model and its optimizer
     torch.manual_seed(t.seed)
-    model = build(config, plan).to(device)
+    model = build(config, plan, device)
     model.train()
     groups = param_groups(
         plan,
@@ -71,24 +74,29 @@ def run_training(
         weight_decay=config.optimizer.weight_decay,
         eps=config.optimizer.eps,
     )
-    optimizer = torch.optim.AdamW(groups, betas=config.optimizer.betas)
+    optimizer = make_optimizer(config.optimizer, groups)
+    p = config.precision
+    keeper = ScaleKeeper(model, p.scales, p.sample_every, None if out is None else out / "ranges.jsonl", notice)
+    keeper.follow(optimizer)
     loss_fn = torch.compile(model.loss, fullgraph=True, dynamic=False) if t.compile else model.loss
 
     # 3. the run directory, and the newest checkpoint in it
     step, position = 0, batches.start()
     history: list[Metrics] = []
     if out is not None:
-        open_run(out, config, plan, json.dumps(files.record, indent=1))
+        open_run(out, config, plan, json.dumps(files.record, indent=1), notice)
         state, refused = load_latest(out)
         for line in refused:
             notice(f"refused {line}")
         if state is not None:
             load_weights(model, state.model, f"run {out}")
             load_state_tensors(optimizer, state.optimizer)
+            keeper.load(state.precision)
             restore_rng(state.rng, device)
             step, position = state.step, state.data
             notice(f"resuming {out} after step {step}")
         history = rewind_metrics(out / "metrics.jsonl", step)
+        keeper.rewind(step)
         if step == t.steps and not history:
             raise CheckpointError(f"run {out} has finished but its metrics.jsonl is gone; choose another --out")
 
@@ -100,9 +108,9 @@ def run_training(
             # Finite weights may already be beyond saving; a checkpoint that replaces a good one must itself be good.
             probe = evaluate(model, loss_fn, held_out[:1])
             if not isfinite(probe):
-                raise divergence(model, step, StepResult(probe, history[-1].grad_norm), kept())
+                raise divergence(model, step, StepResult(probe, history[-1].grad_norm), kept(), held_out[:1])
             weights = {name: p.detach() for name, p in model.named_parameters()}
-            now = RunState(step, position, weights, state_tensors(optimizer), rng_state(device))
+            now = RunState(step, position, weights, state_tensors(optimizer), rng_state(device), keeper.state())
             save_checkpoint(out, now, t.keep_checkpoints)
 
     # 4. the steps
@@ -114,17 +122,19 @@ def run_training(
             for _ in range(t.grad_accum):
                 inputs, targets, position = batches.next(position)
                 microbatches.append(to_device((inputs, targets), device))
+            if keeper.due(step):
+                keeper.look(step, partial(look_loss, model, microbatches[0]))
             scheduled = factor(config.schedule, step, t.steps)
             apply_factor(optimizer, scheduled)
             result = train_step(loss_fn, optimizer, microbatches, t.grad_clip)
             if not (isfinite(result.loss) and isfinite(result.grad_norm)):
-                raise divergence(model, step + 1, result, kept())
+                raise divergence(model, step + 1, result, kept(), microbatches)
             step += 1
             seconds = perf_counter() - began
             last = step == t.steps
             val = evaluate(model, loss_fn, held_out) if last or step % t.eval_every == 0 else None
             if val is not None and not isfinite(val):
-                raise divergence(model, step, StepResult(val, result.grad_norm), kept())
+                raise divergence(model, step, StepResult(val, result.grad_norm), kept(), held_out)
             metrics = Metrics(
                 step,
                 result.loss,

@@ -7,7 +7,7 @@ import json
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from umup.checkpoint import make_directory, write_atomic
 from umup.config.load import dump_yaml, load_config
-from umup.config.sections import RunConfig
+from umup.config.sections import PrecisionConfig, RunConfig
 from umup.data.tokenizer import tokenizer_file
 from umup.errors import CheckpointError, ConfigError
 from umup.rules.plan import Plan
@@ -90,19 +90,25 @@ def deferred_interrupts() -> Iterator[Interrupt]:
             signal.signal(s, handler)
 
 
-def open_run(out: Path, config: RunConfig, plan: Plan, data_record: str) -> None:
+def open_run(
+    out: Path, config: RunConfig, plan: Plan, data_record: str, notice: Callable[[str], None] = lambda line: None
+) -> None:
     """Make or re-enter a run directory: config.yaml, plan.json, data.json, tokenizer.json.
 
-    Raises CheckpointError if it cannot be written or belongs to another config or corpus, saying what differs.
+    A run may go on in other number formats: `notice` is told which. Raises CheckpointError if the directory cannot be
+    written or belongs to another config or corpus, saying what differs.
     """
     make_directory(out)
     known = out / "config.yaml"
     if known.exists():
-        _refuse_differences(out, load_config(known), config)
+        before = load_config(known)
+        _refuse_differences(out, before, config)
         if (out / "data.json").exists() and _recorded(out) != _contents(json.loads(data_record)):
             raise CheckpointError(f"run {out}: the corpus has changed since it began; choose another --out")
         if (out / "plan.json").exists():
             _refuse_other_rules(out, plan)
+        for line in _precision_changes(before.precision, config.precision):
+            notice(line)
     write_atomic(known, dump_yaml(config))
     write_atomic(out / "plan.json", plan.to_json())
     write_atomic(out / "data.json", data_record)
@@ -134,11 +140,17 @@ def _contents(data_record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_differences(out: Path, old: RunConfig, new: RunConfig) -> None:
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    before, after = (_flat(c.model_dump(mode="json", exclude={"precision"})) for c in (old, new))
     changed = [k for k in {**before, **after} if before.get(k) != after.get(k) and k not in HARMLESS]
     if changed:
         listed = ", ".join(f"{k} was {before.get(k)} and is now {after.get(k)}" for k in changed)
         raise CheckpointError(f"run {out} was made by another config: {listed}; choose another --out")
+
+
+def _precision_changes(old: PrecisionConfig, new: PrecisionConfig) -> list[str]:
+    # As text, because the order of overrides counts and dicts are equal in any.
+    before, after = ({k: str(v) for k, v in p.model_dump(mode="json").items()} for p in (old, new))
+    return [f"precision.{k} was {before[k]} and is now {after[k]}" for k in before if before[k] != after[k]]
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from umup.errors import DivergedError
+from umup.train.precision import first_nonfinite
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Batch = tuple[np.ndarray, np.ndarray]
@@ -62,13 +63,18 @@ def evaluate(model: nn.Module, loss_fn: Loss, batches: Iterable[tuple[Tensor, Te
     return float(torch.stack(losses).mean())
 
 
-def divergence(model: nn.Module, step: int, result: StepResult, last_good: str) -> DivergedError:
-    """The error for a loss or gradient that is not finite: where, the largest tensors, what to do."""
+def divergence(
+    model: nn.Module, step: int, result: StepResult, last_good: str, batches: Iterable[tuple[Tensor, Tensor]]
+) -> DivergedError:
+    """The error for a loss or gradient that is not finite over `batches`: where, the largest tensors, what to do."""
     what = f"loss became {result.loss}" if not isfinite(result.loss) else f"gradient norm became {result.grad_norm}"
     weights = _largest((n, p.detach()) for n, p in model.named_parameters())
     gradients = _largest((n, p.grad) for n, p in model.named_parameters() if p.grad is not None)
+    # One sequence at a time: the logits of a whole batch may not fit.
+    broken = first_nonfinite(model, lambda: [model(one[None]) for tokens, _ in batches for one in tokens])
+    where = f"first in the input of {broken}; " if broken else ""
     return DivergedError(
-        f"step {step}: {what}; largest weights: {weights}; largest gradients: {gradients}; {last_good}; "
+        f"step {step}: {what}; {where}largest weights: {weights}; largest gradients: {gradients}; {last_good}; "
         "lower optimizer.lr or raise schedule.warmup_steps"
     )
 

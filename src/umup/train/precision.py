@@ -1,0 +1,246 @@
+"""Ranges of a run's operands: looked at now and then, recorded, and what follows from them.
+
+A look is one eager forward and backward pass over one sequence, beside the compiled step: it costs the step nothing and
+recompiles nothing. Output gradients under unit scaling do not depend on how many tokens share a batch, so one sequence
+shows their scale. What a look finds out of its band is moved to the band's middle (numerics/ranges.py), for both
+directions of drift; a tensor that no constant serves sends its product back to the stream's dtype.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from umup.checkpoint import write_atomic
+from umup.errors import CheckpointError
+from umup.models.decoder import Decoder
+from umup.nn.fp8 import Encoded, StaticMatmul, encoded, refresh_weights, write_weights
+from umup.nn.modules import Linear, Matmul, join
+from umup.numerics.formats import FloatFormat
+from umup.numerics.ranges import FLUSH_LIMIT, Range, choose, measure
+from umup.ops.loss import cross_entropy
+from umup.optim.adamw import step_bound
+
+LOOK = ("step", "product", "operand", "format", "exponent", "rms", "max", "nonfinite", "clip", "flush", "event")
+"""A row of ranges.jsonl: one operand (x, g, w) of one product at one look, with the scale that it had then."""
+
+WEIGHT_SAMPLE = 2**20
+# What a look reads: enough for shares of 2^-20, and little beside a hundred steps.
+LOOK_TOKENS = 1024
+OPERAND_NAMES = {"x": "input", "g": "output gradient"}
+
+
+class ScaleKeeper:
+    """The FP8 products of a model over a run; does nothing where there are none."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mode: str,
+        every: int,
+        record: Path | None = None,
+        notice: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.products = encoded(model)
+        self.mode, self.every, self.record, self.notice = mode, every, record, notice
+
+    def due(self, step: int) -> bool:
+        """Whether to look before step `step`: at every sampled step, and at powers of two on the way to the first."""
+        watching = bool(self.products) and self.mode in ("monitor", "adapt")
+        return watching and (step % self.every == 0 or (step < self.every and step & (step - 1) == 0))
+
+    def look(self, step: int, loss: Callable[[], Tensor]) -> None:
+        """Measure every operand during `loss` and its backward pass; record; in mode `adapt` move what must move."""
+        ranges = measure_operands([(p.name, p.matmul, p.weights) for p in self.products], loss)
+        rows = [row for p in self.products for row in self._judge(step, p, ranges)]
+        if self.record is not None:
+            with self.record.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def _judge(self, step: int, p: Encoded, ranges: dict[tuple[str, str], Range]) -> Iterator[dict[str, Any]]:
+        exponents = p.matmul.exponents.tolist()
+        moved = list(exponents)
+        for i, operand in enumerate(("x", "g", "w")):
+            seen, form, event = ranges[p.name, operand], form_of(p, operand), None
+            if operand != "w" and not p.matmul.spared:
+                choice = choose(seen, form, exponents[i], 1.0 if operand == "g" else FLUSH_LIMIT)
+                if not choice.serves:
+                    event = "bf16"
+                elif choice.exponent != exponents[i]:
+                    event, moved[i] = f"2^{exponents[i]} -> 2^{choice.exponent}", choice.exponent
+                if event is not None:
+                    when = "" if self.mode == "adapt" else " if precision.scales were adapt"
+                    self.notice(f"step {step}: {p.name} {OPERAND_NAMES[operand]}: {event}{when} ({choice.reason})")
+            if event == "bf16" and self.mode == "adapt":
+                p.matmul.spared = True
+            yield {
+                "step": step,
+                "product": p.name,
+                "operand": operand,
+                "format": form.name,
+                "exponent": exponents[i],
+                "rms": seen.rms,
+                "max": seen.amax,
+                "nonfinite": seen.nonfinite,
+                "clip": seen.clip_share(form, exponents[i]),
+                "flush": seen.flush_share(form, exponents[i]),
+                "event": event,
+            }
+        if self.mode == "adapt" and moved != exponents:
+            p.matmul.set_exponents(torch.tensor(moved, dtype=torch.int32))
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keep the encoded weights equal to the weights from now on: a step-post-hook, so any torch.optim works."""
+
+        def refresh(*_: Any) -> None:
+            growth = {}
+            for group in optimizer.param_groups:
+                bound = step_bound(optimizer, group)
+                if bound is None or not isfinite(bound.absolute):
+                    refresh_weights(self.products)
+                    return
+                growth.update(dict.fromkeys(group["params"], (bound.absolute, bound.relative)))
+            refresh_weights(self.products, growth)
+
+        if self.products:
+            optimizer.register_step_post_hook(refresh)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps, by linear: exponents of x, g, w, whether the product was spared, its formats."""
+        return {
+            name: torch.cat((p.matmul.exponents.cpu(), torch.tensor([int(p.matmul.spared), *_fields(p)]).int()))
+            for p in self.products
+            for name in p.names
+        }
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on with a checkpoint's scales, bit for bit; what it does not hold, or in other formats, starts anew."""
+        anew = set()
+        for p in self.products:
+            kept = state.get(p.names[0])
+            if kept is not None and kept[4:].tolist() == _fields(p):
+                p.matmul.spared = bool(kept[3])
+                p.matmul.set_exponents(kept[:3])
+                write_weights(p)
+            else:
+                refresh_weights([p])
+                anew |= set(p.names)
+        ours = {name for p in self.products for name in p.names}
+        for names, what in (
+            (anew - state.keys(), "new in low precision, starting from the plan's scales"),
+            (anew & state.keys(), "in other formats, starting from the plan's scales"),
+            (state.keys() - ours, "no longer in low precision"),
+        ):
+            if names:
+                self.notice(f"{', '.join(sorted(names)[:3])}{' ...' if len(names) > 3 else ''}: {what}")
+
+    def rewind(self, step: int) -> None:
+        """Drop the records of looks that a resumed run will do again."""
+        if self.record is not None and self.record.exists():
+            kept = [row for row in read_looks(self.record) if row["step"] < step]
+            write_atomic(self.record, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def read_looks(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ranges.jsonl, less a last line cut short by a kill. Raises CheckpointError for a damaged one."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+            rows.append({key: row[key] for key in LOOK})
+        except (ValueError, KeyError, TypeError):
+            raise CheckpointError(f"{path}, line {number}: not a record of ranges; delete that line") from None
+    return rows
+
+
+def _fields(p: Encoded) -> list[int]:
+    """Exponent and mantissa bits of a product's two formats: what tells formats apart."""
+    return [bits for form in p.matmul.formats[:2] for bits in (form.exponent_bits, form.mantissa_bits)]
+
+
+def look_loss(model: Decoder, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The loss of the beginning of a microbatch, its logits made by the head's own module so that they are seen."""
+    tokens, targets = (part[:1, :LOOK_TOKENS] for part in batch)
+    return cross_entropy(model(tokens), targets, model.loss_multiplier, model.loss_grad)
+
+
+def form_of(p: Encoded, operand: str) -> FloatFormat:
+    """The format of an operand x, g or w of a product."""
+    return p.matmul.formats.gradient if operand == "g" else p.matmul.formats.forward
+
+
+def measure_operands(
+    matmuls: list[tuple[str, Matmul, tuple[nn.Parameter, ...]]], loss: Callable[[], Tensor]
+) -> dict[tuple[str, str], Range]:
+    """(product, operand) -> Range, from one eager forward and backward pass; no parameter's gradient is touched."""
+    found: dict[tuple[str, str], Tensor] = {}
+    with _watch([(name, matmul) for name, matmul, _ in matmuls], found):
+        total = loss()
+        first = next(w for _, _, weights in matmuls for w in weights)
+        torch.autograd.grad(total, first)
+    for name, matmul, weights in matmuls:
+        found[name, "w"] = measure(join(tuple(w.detach()[:: -(-w.numel() // WEIGHT_SAMPLE)] for w in weights)))
+        if isinstance(matmul, StaticMatmul) and not matmul.spared:  # the last refresh saw every element
+            found[name, "w"][0] = matmul.amax[0]
+    keys = list(found)
+    return dict(zip(keys, map(Range.of, torch.stack([found[k] for k in keys]).cpu()), strict=True))
+
+
+@contextmanager
+def _watch(matmuls: list[tuple[str, Matmul]], found: dict[tuple[str, str], Tensor]) -> Iterator[None]:
+    """Measure inputs and output gradients of the modules while the block runs."""
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found[name, "x"] = measure(args[0].detach())
+
+        return hook
+
+    def after(name: str) -> Callable[..., None]:
+        def keep(grad: Tensor) -> None:
+            found[name, "g"] = measure(grad)
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            out.register_hook(keep)  # type: ignore[no-untyped-call]
+
+        return hook
+
+    handles = []
+    static = [matmul for _, matmul in matmuls if isinstance(matmul, StaticMatmul)]
+    for name, matmul in matmuls:
+        handles += [matmul.register_forward_pre_hook(before(name)), matmul.register_forward_hook(after(name))]
+    for matmul in static:
+        matmul.watched = True
+    try:
+        yield
+    finally:
+        for matmul in static:
+            matmul.watched = False
+        for handle in handles:
+            handle.remove()
+
+
+def first_nonfinite(model: nn.Module, forward: Callable[[], Any]) -> str | None:
+    """The first linear, in the order of the forward pass, whose input holds NaN or infinity; None if none does."""
+    order: list[tuple[str, int]] = []
+    names: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            names.setdefault(module.matmul, name)
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        order.append((names[module], int((~args[0].isfinite()).sum())))
+
+    handles = [m.register_forward_pre_hook(hook) for m in names]
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return next((name for name, count in order if count), None)
