@@ -17,6 +17,8 @@ COMMANDS = {
     "generate": "text from a run",
     "data": "tokenize a config's corpus once into a cached memory map",
     "explain": "the plan of a config: every number with its rule and source",
+    "ranges": "what a run's FP8 scales saw, and which products to spare",
+    "bench": "the speed table of this machine: BF16, FP8, peers where installed; or whether FP8 pays for a config",
 }
 
 
