@@ -1,11 +1,11 @@
-"""Every recipe runs: two steps of it, and its plan explained."""
+"""Every recipe runs: two steps of it, small enough for a CPU, and its plan explained as it stands."""
 
 from pathlib import Path
 
 import pytest
 
 from umup.config.load import load_config
-from umup.models.specs import plan_for
+from umup.models.specs import plan_for, products_for
 from umup.train.loop import run_training
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -18,12 +18,18 @@ def test_recipe_trains_two_steps(path, tmp_path):
         ("train.steps", "2"),
         ("train.batch_size", "2"),
         ("train.eval_batches", "1"),
+        ("train.compile", "false"),
+        ("model.num_layers", "2"),
+        ("model.max_seq_len", "128"),
+        ("precision.backend", "emulate"),
         ("schedule.warmup_steps", "0"),
         ("data.source", str(tmp_path / "text.txt")),
         ("data.cache_dir", str(tmp_path / "cache")),
     ]
+    whole = load_config(path)
+    assert plan_for(whole).explain()
+    assert products_for(whole, plan_for(whole))
     config = load_config(path, overrides)
-    assert plan_for(config).explain()
     result = run_training(config, tmp_path / "run")
     assert result.steps == 2
     assert 4.0 < result.train_loss < 6.5

@@ -1,0 +1,308 @@
+"""The quality benchmark runs end to end at its tiny size, resumes, pairs what it compares and reports it soundly."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from math import inf, log2
+from pathlib import Path
+
+import pytest
+import torch
+
+from umup.nn.fp8 import encoded
+from umup.nn.modules import Linear
+from umup.ops.linear import linear
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+quality = load("fp8_quality")
+tables = load("fp8_quality_report")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"def f{i}(x):\n    return x + {i * i}\n" for i in range(900)))
+    return path
+
+
+def make_session(text, *variants, **changes):
+    session = quality.Session(
+        size="tiny",
+        steps=12,
+        variants=variants,
+        seeds=(0, 1),
+        lrs={"umup": (2.0,), "sp": (2.0**-7,)},
+        source=(str(text),),
+        common=0,
+        device=CPU,
+        backend="emulate",
+    )
+    return replace(session, **changes)
+
+
+def trainer_and_data(session, trial):
+    config = session.config(trial)
+    trainer = quality.Trainer(config, trial.variant.split("/")[1], CPU)
+    return trainer, quality.Data(config, quality.SIZES["tiny"], CPU)
+
+
+def test_bf16_from_common_steps_is_bf16_from_scratch(text):
+    session, trial = make_session(text, "umup/bf16"), quality.Trial("umup/bf16", 2.0, 1)
+    trainer, data = trainer_and_data(session, trial)
+    whole = trained(trainer, data, trial)
+    batches = data.order(trial.seed, 12)
+    start = trainer.lead(trial, batches, 7)
+    parted = trainer.train(trial, batches, data.held_out, 7, start)
+    assert parted["val_loss"] == whole["val_loss"]
+    assert parted["curve"] == whole["curve"][-len(parted["curve"]) :]
+    other = trainer.train(trial, batches, data.held_out, 7, trainer.lead(trial, batches, 6))
+    assert other["val_loss"] != whole["val_loss"]
+
+
+def trained(trainer, data, trial):
+    return trainer.train(trial, data.order(trial.seed, 12), data.held_out)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+# --- end to end ---
+
+
+def test_runs_reports_and_does_not_repeat(text, tmp_path, capsys):
+    results = tmp_path / "results.jsonl"
+    variants = ("umup/bf16", "umup/fp8/adapt", "sp/bf16", "sp/plain")
+    command = ["--size", "tiny", "--device", "cpu", "--backend", "emulate", "--data", str(text), "--seeds", "0", "1"]
+    command += ["--results", str(results), "--umup-lr", "2", "--sp-lr", "0.0078125", "--variants", *variants]
+    quality.main(command)
+    rows = quality.read(results)
+    assert [(row["variant"], row["seed"]) for row in rows] == [(v, seed) for seed in (0, 1) for v in variants]
+    assert all(row["val_loss"] < 5.0 and len(row["curve"]) == 12 for row in rows)
+    quality.main(command)
+    assert quality.read(results) == rows
+    quality.main([*command, "--steps", "13", "--budget-seconds", "0"])
+    assert "the same command goes on from here" in capsys.readouterr().out
+    assert quality.read(results) == rows
+    lines = []
+    tables.main([str(results)], lines.append)
+    assert lines[0].startswith("tiny: 133,120 parameters, 1,536 tokens in 12 steps; cpu")
+    assert any(line.startswith("umup/fp8/adapt") and "%" in line and "aim 0.1%" in line for line in lines)
+    assert any(line.startswith("umup/bf16 against sp/bf16") and "%" in line for line in lines)
+
+
+def test_absent_torchao_is_said_and_skipped(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(quality, "find_spec", lambda name: None)
+    results = tmp_path / "results.jsonl"
+    command = ["--size", "tiny", "--device", "cpu", "--data", str(text), "--seeds", "0", "--variants", "sp/torchao"]
+    quality.main([*command, "--results", str(results)])
+    assert "skipping sp/torchao: torchao is not installed" in capsys.readouterr().out
+    assert not results.exists()
+
+
+# --- pairing ---
+
+
+@pytest.mark.parametrize("variant", ["umup/fp8/adapt", "sp/plain"])
+def test_a_trainer_keeps_nothing_from_trial_to_trial(text, variant):
+    session = make_session(text, variant)
+    trial = quality.Trial(variant, session.lrs[variant.split("/")[0]][0], 1)
+    trainer, data = trainer_and_data(session, trial)
+    first = trained(trainer, data, trial)
+    for product in encoded(trainer.model):
+        product.matmul.spared = True
+        product.matmul.set_exponents(torch.full((3,), 20, dtype=torch.int32))
+    trained(trainer, data, replace(trial, seed=0, lr=2 * trial.lr))
+    assert trained(trainer, data, trial)["curve"] == first["curve"]
+
+
+def test_batches_follow_from_the_seed_and_val_does_not(text):
+    session = make_session(text, "umup/bf16")
+    _, data = trainer_and_data(session, quality.Trial("umup/bf16", 2.0, 0))
+    _, again = trainer_and_data(session, quality.Trial("sp/bf16", 2.0, 1))
+    assert torch.equal(data.order(3, 5), again.order(3, 5))
+    assert not torch.equal(data.order(3, 5), data.order(4, 5))
+    assert torch.equal(data.order(3, 5)[:, 0, :, 1:], data.order(3, 5)[:, 1, :, :-1])
+    assert data.digest == again.digest
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(data.held_out, again.held_out, strict=True))
+
+
+def test_keys_tell_trials_apart(text):
+    session = make_session(text)
+    trial = quality.Trial("umup/fp8/adapt", 2.0, 0)
+    others = [replace(trial, seed=1), replace(trial, lr=4.0), replace(trial, variant="umup/fp8/static")]
+    keys = {session.key(t, "data") for t in [trial, *others, replace(trial, variant="umup/torchao")]}
+    keys |= {session.key(trial, "other data"), replace(session, steps=13).key(trial, "data")}
+    assert len(keys) == 7
+    assert replace(session, source=("elsewhere",), backend="auto").key(trial, "data") in keys
+
+
+# --- the peers ---
+
+
+def test_plain_cast_rounds_saturates_and_flushes(text):
+    session = make_session(text)
+    trainer, _ = trainer_and_data(session, quality.Trial("sp/plain", 1e-3, 0))
+    products = {module.matmul for module in trainer.model.modules() if isinstance(module, Linear)}
+    plain = [product for product in products if isinstance(product, quality.PlainCast)]
+    assert len(plain) == 2 * 4  # qkv, out, gate+up, down in each of two layers
+    assert not isinstance(trainer.model.head.matmul, quality.PlainCast)
+    x = torch.tensor([[1e4, -0.3, 2.0**-11, 1.0] * 4])
+    w = torch.eye(16)
+    out = plain[0](x, w)
+    assert out.tolist() == [[448.0, -0.3125, 0.0, 1.0] * 4]
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="torchao is not installed")
+def test_torchao_takes_our_factors():
+    scales = quality.UseScales(0.5, 2.0, 3.0)
+    product = quality.Torchao(scales, "emulate")
+    x, w = (torch.randn(32, 16, requires_grad=True) for _ in range(2))
+    want = torch.autograd.grad(linear(x, w, *scales).square().sum(), (x, w))
+    for got, expected in zip(torch.autograd.grad(product(x, w).square().sum(), (x, w)), want, strict=True):
+        assert (got - expected).norm() < 0.1 * expected.norm()
+
+
+# --- the order of trials ---
+
+
+def play(session, loss, count=100):
+    """Trials in order, their losses being `loss`."""
+    done = {}
+    while len(done) < count and (trial := session.next(done.get)) is not None:
+        assert trial not in done
+        done[trial] = loss(trial)
+    return list(done)
+
+
+def bowl(best):
+    return lambda trial: 3.0 + (log2(trial.lr) - best[trial.variant.split("/")[0]]) ** 2
+
+
+def test_rates_widen_until_the_best_lies_inside(text):
+    session = make_session(text, "umup/bf16", "umup/fp8/adapt", seeds=(5, 6), lrs={"umup": (2.0, 4.0)})
+    up = play(session, bowl({"umup": 4}))
+    assert [t.lr for t in up[:5]] == [2, 4, 8, 16, 32]
+    assert [(t.variant, t.lr, t.seed) for t in up[5:]] == [
+        ("umup/fp8/adapt", 16, 5), ("umup/bf16", 16, 6), ("umup/fp8/adapt", 16, 6)
+    ]  # fmt: skip
+    assert [t.lr for t in play(session, bowl({"umup": -1}))[:5]] == [2, 4, 1, 0.5, 0.25]
+
+
+def test_a_diverged_rate_is_never_the_best(text):
+    session = make_session(text, "umup/bf16", "umup/fp8/adapt", seeds=(0,), lrs={"umup": (2.0, 4.0)})
+    order = play(session, lambda trial: inf if trial.lr > 2 else 3.0 - trial.lr)
+    assert [t.lr for t in order] == [2, 4, 1, 2]
+
+
+def test_both_schemes_are_tuned_before_any_pair(text):
+    lrs = {"umup": (1.0, 2.0, 4.0), "sp": (0.25, 0.5, 1.0)}
+    session = make_session(text, "umup/bf16", "sp/plain", seeds=(0, 1), lrs=lrs)
+    order = play(session, bowl({"umup": 1, "sp": -1}))
+    assert [t.variant for t in order] == ["umup/bf16"] * 3 + ["sp/bf16"] * 3 + ["sp/plain", "umup/bf16", "sp/plain"]
+    assert {t.lr for t in order if t.variant == "sp/plain"} == {0.5}
+
+
+def test_one_rate_is_taken_as_it_is(text):
+    session = make_session(text, "umup/fp8/adapt", seeds=(0,), lrs={"umup": (4.0,)})
+    assert play(session, bowl({"umup": 0})) == [quality.Trial("umup/fp8/adapt", 4.0, 0)]
+
+
+# --- the report ---
+
+
+def row(variant, seed, val, lr=4.0, **changes):
+    fields = {
+        "size": "35m",
+        "steps": 100,
+        "common": 0,
+        "data": "d",
+        "parameters": 1,
+        "tokens_per_step": 10,
+        "device": "gpu",
+    }
+    curve = [10 * val - i for i in range(5)] + [val] * 5
+    run = {"moves": 0, "spared": [], "tail": 5, "curve": curve, "seconds": [1.0] * 10, "tokens_per_second": 100}
+    losses = {"train_loss": val, "val_loss": val}
+    return {**fields, "torch": "2", "variant": variant, "lr": lr, "seed": seed, **run, **losses, **changes}
+
+
+def verdict_of(rows, variant):
+    return next(line for line in tables.report(rows) if line.startswith(variant))
+
+
+def pairs(gaps, variant="umup/fp8/adapt"):
+    base = [row("umup/bf16", seed, 2.0 + seed) for seed in range(len(gaps))]
+    return base + [row(variant, seed, (2.0 + seed) * (1 + gap / 100)) for seed, gap in enumerate(gaps)]
+
+
+def test_gaps_are_relative_paired_and_have_a_t_interval():
+    # mean 0.2, standard deviation 0.1, 3 seeds: half width 4.303 * 0.1 / sqrt(3)
+    assert "+0.200% [-0.048, +0.448]; " in verdict_of(pairs([0.1, 0.2, 0.3]), "umup/fp8/adapt")
+
+
+@pytest.mark.parametrize(
+    ("gaps", "said"),
+    [
+        ([0.02, 0.021, 0.022], "a loss; aim 0.1% met"),
+        ([0.2, 0.21, 0.22], "a loss; aim 0.1% missed"),
+        ([-0.2, -0.21, -0.22], "a gain; aim 0.1% met"),
+        ([-0.5, 0.1, 0.6], "neither a loss nor a gain; aim 0.1% undecided"),
+        ([0.2], "one pair excludes nothing"),
+    ],
+)
+def test_verdict_says_what_the_interval_excludes(gaps, said):
+    assert verdict_of(pairs(gaps), "umup/fp8/adapt").endswith(said)
+
+
+def test_pairs_need_the_same_seed_rate_and_an_end():
+    rows = [row("umup/bf16", 0, 2.0, lr=2.0), row("umup/bf16", 1, 2.0), row("umup/fp8/adapt", 0, 3.0)]
+    assert verdict_of(rows, "umup/fp8/adapt").endswith("no pair")
+    diverged = row("umup/fp8/adapt", 1, 3.0, val_loss=None, train_loss=None, tokens_per_second=None)
+    line = verdict_of([*rows, diverged], "umup/fp8/adapt")
+    assert "1/2" in line
+    assert line.endswith("no pair")
+
+
+def test_runs_of_other_data_are_not_compared():
+    lines = list(tables.report([*pairs([0.1]), row("umup/fp8/adapt", 0, 9.0, data="other")]))
+    assert sum(line.startswith("35m:") for line in lines) == 2
+    assert lines[-2].endswith("no pair")
+
+
+def test_speed_to_equal_loss_counts_seconds_to_the_worse_final():
+    fast = row("umup/fp8/adapt", 0, 2.0, tail=1, curve=[5.0, 4.0, 3.0, 2.0], seconds=[0.5] * 4)
+    slow = row("umup/bf16", 0, 3.0, tail=1, curve=[6.0, 5.0, 4.0, 3.0], seconds=[1.0] * 4)
+    assert tables.seconds_to(3.0, fast) == 1.5
+    assert tables.seconds_to(3.0, slow) == 4.0
+    assert "; 2.67x;" in verdict_of([fast, slow], "umup/fp8/adapt")
+
+
+def test_schemes_meet_at_their_best_rates_and_edges_are_told():
+    rows = [row("umup/bf16", 0, 2.0 + (lr != 4), lr=lr) for lr in (2.0, 4.0, 8.0)]
+    rows += [row("sp/bf16", 0, loss, lr=lr) for lr, loss in ((0.25, 4.0), (0.5, 3.0))]
+    lines = list(tables.report(rows))
+    assert any(line.startswith("umup/bf16 against sp/bf16") and "-33.333%" in line for line in lines)
+    assert [line for line in lines if "may lie beyond" in line] == [
+        "sp/bf16: the best learning rate is the last one tried; its optimum may lie beyond"
+    ]
+
+
+def test_results_are_one_json_object_per_line(tmp_path):
+    path = tmp_path / "r.jsonl"
+    assert quality.read(path) == []
+    path.write_text("".join(json.dumps(row("umup/bf16", seed, 2.0)) + "\n" for seed in range(2)))
+    assert [r["seed"] for r in quality.read(path)] == [0, 1]
