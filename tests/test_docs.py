@@ -1,4 +1,4 @@
-"""The README's Python and YAML run as they stand."""
+"""The Python and YAML of the README and the docs run as they stand."""
 
 import re
 from pathlib import Path
@@ -9,8 +9,8 @@ from umup.models.specs import plan_for
 ROOT = Path(__file__).parents[1]
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def blocks(language, page="README.md"):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
 def test_readme_python_runs(monkeypatch, capsys):
@@ -18,6 +18,16 @@ def test_readme_python_runs(monkeypatch, capsys):
     for code in blocks("python"):
         exec(compile(code, "README.md", "exec"), {})
     assert "layers.*.attn.q.weight" in capsys.readouterr().out
+
+
+def test_fp8_page_runs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (code,) = blocks("python", "docs/fp8.md")
+    scope = {}
+    exec(compile(code, "docs/fp8.md", "exec"), scope)
+    assert scope["keeper"].products
+    for text in blocks("yaml", "docs/fp8.md"):
+        assert parse_config(read_yaml(text)).precision.recipe == "fp8"
 
 
 def test_readme_config_is_valid():
