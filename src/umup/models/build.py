@@ -18,7 +18,7 @@ from umup.numerics.gemm import Formats, require_fp8
 from umup.ops.activation import gelu, silu
 from umup.ops.attention import rotary_tables
 from umup.rules.plan import USE_QUANTITIES, Plan
-from umup.rules.precision import SIDE, Product, find_recipe
+from umup.rules.precision import Product, find_recipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
@@ -64,7 +64,7 @@ def encode_products(model: nn.Module, products: Iterable[Product], precision: Pr
                 backend = "scaled_mm"
             dynamic = precision.scales == "dynamic"
             forward, gradient = find_format(p.forward), find_format(p.gradient)
-            if p.simulated and (p.fan_in % SIDE or p.fan_out % SIDE):  # in float32: FP8 products would refuse them
+            if p.simulated:  # values in float32, of any format and any sides
                 forward, gradient = replace(forward, dtype=None), replace(gradient, dtype=None)
             formats[p.name] = Formats(forward, gradient, backend, dynamic)
     return convert(model, formats)

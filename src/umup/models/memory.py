@@ -16,8 +16,6 @@ from umup.models.specs import plan_for, products_for
 from umup.rules.explain import table
 
 BYTES = {"fp32": 4, "bf16": 2, "E4M3": 1, "E5M2": 1}
-# Simulated formats that no torch dtype stores are held as the float32 values they round to.
-SIMULATED_BYTES = 4
 LAYOUTS = 2
 GIB = 2**30
 
@@ -43,7 +41,8 @@ def memory_table(config: RunConfig) -> list[MemoryRow]:
     copies: Counter[str] = Counter()
     for product in products_for(config, plan).values():
         if product.forward is not None:
-            copies[product.forward] += LAYOUTS * product.fan_in * product.fan_out
+            stored = "fp32" if product.simulated else product.forward
+            copies[stored] += LAYOUTS * product.fan_in * product.fan_out
     master, state = config.optimizer.master_dtype, config.optimizer.state_dtype
     parts: list[tuple[str, str, int]] = [
         ("parameters", master, count),
@@ -52,7 +51,7 @@ def memory_table(config: RunConfig) -> list[MemoryRow]:
         ("exp_avg", state, count),
         ("exp_avg_sq", state, count),
     ]
-    sized = [(*part, part[2] * BYTES.get(part[1], SIMULATED_BYTES)) for part in parts]
+    sized = [(*part, part[2] * BYTES[part[1]]) for part in parts]
     return [MemoryRow(*part, part[-1] / count) for part in sized]
 
 

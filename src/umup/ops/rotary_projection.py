@@ -55,7 +55,8 @@ class _RotaryProjection(torch.autograd.Function):
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         ctx.save_for_backward(x8, column, scales, cos, sin)
         ctx.formats, ctx.dtype = formats, weight.dtype
-        return rotary(q, cos, sin), rotary(k, cos, sin), v
+        # A copy: as a view it would keep all of q | k | v, unrotated, alive until attention has run backward.
+        return rotary(q, cos, sin), rotary(k, cos, sin), v.clone()
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from umup.checkpoint import write_atomic
@@ -188,7 +189,20 @@ def measure_operands(
         if isinstance(matmul, StaticMatmul) and not matmul.spared:  # the last refresh saw every element
             found[name, "w"][0] = matmul.amax[0]
     keys = list(found)
-    return dict(zip(keys, map(Range.of, torch.stack([found[k] for k in keys]).cpu()), strict=True))
+    return dict(zip(keys, map(Range.of, agreed(torch.stack([found[k] for k in keys])).cpu()), strict=True))
+
+
+def agreed(measured: Tensor) -> Tensor:
+    """The looks of all ranks as one, (operands, numbers): largest values compared, the rest added up.
+
+    Every rank then takes the same decisions. Without a process group there is nothing to agree on.
+    """
+    if dist.is_available() and dist.is_initialized():
+        largest = measured[:, 0].clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        dist.all_reduce(measured)
+        measured[:, 0] = largest
+    return measured
 
 
 @contextmanager
