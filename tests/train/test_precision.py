@@ -196,7 +196,7 @@ def test_a_run_goes_on_in_another_recipe_and_says_what_changes(tiny, tmp_path, f
     said = {
         ("bf16", "fp8"): "new in low precision, starting from the plan's scales",
         ("fp8", "bf16"): "no longer in low precision",
-        ("fp8", "fp8_e4m3"): "in other formats, starting from the plan's scales",
+        ("fp8", "fp8_e4m3"): "in other formats or groups, starting from the plan's scales",
     }.get((first, then))
     assert [line for line in lines[1:] if "resuming" not in line and not line.startswith("step ")] == (
         [f"layers.0.attn.k, layers.0.attn.out, layers.0.attn.q ...: {said}"] if said else []

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from umup.config.sections import PrecisionConfig, RunConfig
+from umup.errors import ConfigError
 from umup.models.decoder import MLP, Block, Decoder, GatedMLP, LearnedPositions, SelfAttention
 from umup.models.specs import Shape, plan_for, products_for, shape_of
 from umup.nn.fp8 import Encoded, convert
@@ -41,10 +42,20 @@ def build(config: RunConfig, plan: Plan | None = None, device: torch.device | st
     for p in model.parameters():
         p.data = p.data.to(DTYPES[config.optimizer.master_dtype])
     encode_products(model, products.values(), config.precision)
-    for layer in model.layers:
-        if isinstance(layer.mlp, GatedMLP):
-            layer.mlp.compact = config.precision.compact
+    if config.precision.compact:
+        _keep_compact(model)
     return model
+
+
+def _keep_compact(model: Decoder) -> None:
+    """Raises ConfigError where no MLP has what `precision.compact` speaks of."""
+    for layer in model.layers:
+        if not isinstance(layer.mlp, GatedMLP) or not layer.mlp.fusable:
+            raise ConfigError(
+                "precision.compact keeps gate and up of gated MLPs whose products are all in FP8 with static scales; "
+                "write precision.compact: false, or precision.recipe: fp8 under model.family: llama"
+            )
+        layer.mlp.compact = True
 
 
 def stream_of(config: RunConfig) -> torch.dtype:
@@ -59,7 +70,7 @@ def encode_products(model: nn.Module, products: Iterable[Product], precision: Pr
     for p in products:
         if p.forward is not None and p.gradient is not None:
             backend = "emulate" if p.simulated else precision.backend
-            if backend == "auto":
+            if backend == "auto" or (backend == "scaled_mm" and device.type == "cuda"):
                 require_fp8(device)
                 backend = "scaled_mm"
             dynamic = precision.scales == "dynamic"

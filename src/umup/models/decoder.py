@@ -121,18 +121,23 @@ class GatedMLP(nn.Module):
         x, skip = self.residual.split(x)
         return self.residual.add(self.dropout(self._inside(self.norm(x))), skip)
 
-    def _inside(self, x: Tensor) -> Tensor:
-        """gate, up, activation, down: in FP8 as one segment where that can be, else one after another."""
+    @property
+    def fusable(self) -> bool:
+        """Whether the products may now run as one segment."""
         first, last = self.gate.matmul, self.down.matmul
-        if (
+        return (
             isinstance(first, StaticMatmul)
             and isinstance(last, StaticMatmul)
             and first is self.up.matmul
             and first.fusable
             and last.fusable
             and self.gate.bias is self.up.bias is self.down.bias is None
-            and _whole_tiles(x)
-        ):
+        )
+
+    def _inside(self, x: Tensor) -> Tensor:
+        """gate, up, activation, down: in FP8 as one segment where that can be, else one after another."""
+        first, last = self.gate.matmul, self.down.matmul
+        if isinstance(first, StaticMatmul) and isinstance(last, StaticMatmul) and self.fusable and _whole_tiles(x):
             weights = join((self.gate.weight, self.up.weight)), self.down.weight
             gemms, states = (first.gemm, last.gemm), (first.state, last.state)
             return gated_mlp(x, weights, gemms, states, *self.act, self.compact)

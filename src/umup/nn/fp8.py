@@ -1,8 +1,8 @@
 """FP8 for anything made of umup.nn: products replaced by rule, weights kept encoded, scales that move between steps.
 
-    convert(model, formats)    the named linears' products become StaticMatmuls
-    refresh_weights(model)     encodes the weights; call it after whatever changes them (an optimizer's step-post-hook)
-    keep_products              activation checkpointing: checkpoint(..., use_reentrant=False, context_fn=keep_products)
+    convert(model, formats)           the named linears' products become StaticMatmuls
+    refresh_weights(encoded(model))   encodes the weights: call it after whatever changes them (load_state_dict does)
+    keep_products                     for checkpoint(..., use_reentrant=False, context_fn=keep_products)
 
 A scale is a power of two per tensor, 2^exponent. Those of activations and output gradients are moved by whoever looks
 at them (train/precision.py); those of weights follow here: the pass that writes the encoded weights also takes their
@@ -10,7 +10,7 @@ largest value, from which, widened by the most that one optimizer step can add, 
 waits for the GPU.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -99,6 +99,15 @@ class StaticMatmul(Matmul):
             return super().loss(x, weight, targets, multiplier, grad)
         return linear_cross_entropy(x, weight, targets, self.gemm, multiplier, grad, self.state)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StaticMatmul":
+        """Moves to a device; what `model.bfloat16()` would make of encodings and scales is undone."""
+        dtypes = {name: buffer.dtype for name, buffer in self.named_buffers()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, dtype in dtypes.items():
+            self._buffers[name] = self.get_buffer(name).to(dtype)
+        self.set_exponents(self.exponents)
+        return self
+
     @torch.no_grad()
     def set_exponents(self, exponents: Tensor) -> None:
         """(3,) integers for x, g, w: buffer writes, which recompile nothing."""
@@ -126,7 +135,12 @@ def convert(model: nn.Module, formats: Mapping[str, Formats]) -> list[Encoded]:
             part.matmul = matmul
     found = encoded(model)
     refresh_weights(found)
+    model.register_load_state_dict_post_hook(_refresh_loaded)  # type: ignore[no-untyped-call]
     return found
+
+
+def _refresh_loaded(model: nn.Module, _: object) -> None:
+    refresh_weights(encoded(model))
 
 
 def keep_products() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

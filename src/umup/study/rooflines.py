@@ -209,10 +209,10 @@ def advise(config: RunConfig) -> Advice:
     """
     s, plan = shape_of(config.model), plan_for(config)
     batch, repeats = config.train.batch_size, config.train.grad_accum
-    recipe = find_recipe(config.precision.recipe)
+    recipe, overrides = find_recipe(config.precision.recipe), config.precision.overrides
     if recipe.forward is None or recipe.simulated:
-        recipe = find_recipe("fp8")
-    chosen = products(plan, recipe, config.precision.overrides, "dynamic")
+        recipe, overrides = find_recipe("fp8"), {}
+    chosen = products(plan, recipe, overrides, "dynamic")
     plain = products(plan, find_recipe("bf16"), {}, "dynamic")
     rates = measure_rates(s, batch)
     tokens = batch * s.max_seq_len

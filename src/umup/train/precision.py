@@ -58,7 +58,10 @@ class ScaleKeeper:
     def look(self, step: int, loss: Callable[[], Tensor]) -> None:
         """Measure every operand during `loss` and its backward pass; record; in mode `adapt` move what must move."""
         ranges = measure_operands([(p.name, p.matmul, p.weights) for p in self.products], loss)
+        spared = [p.matmul.spared for p in self.products]
         rows = [row for p in self.products for row in self._judge(step, p, ranges)]
+        if spared != [p.matmul.spared for p in self.products]:
+            torch.compiler.reset()  # another graph from here on; many of them would reach the compiler's limit
         if self.record is not None:
             with self.record.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -67,6 +70,8 @@ class ScaleKeeper:
         exponents = p.matmul.exponents.tolist()
         moved = list(exponents)
         for i, operand in enumerate(("x", "g", "w")):
+            if (p.name, operand) not in ranges:
+                continue
             seen, form, event = ranges[p.name, operand], form_of(p, operand), None
             if operand != "w" and not p.matmul.spared:
                 choice = choose(seen, form, exponents[i], 1.0 if operand == "g" else FLUSH_LIMIT)
@@ -99,14 +104,16 @@ class ScaleKeeper:
         """Keep the encoded weights equal to the weights from now on: a step-post-hook, so any torch.optim works."""
 
         def refresh(*_: Any) -> None:
-            growth = {}
+            growth: dict[nn.Parameter, tuple[float, float]] = {}
+            changed = {w for group in optimizer.param_groups for w in group["params"]}
             for group in optimizer.param_groups:
                 bound = step_bound(optimizer, group)
-                if bound is None or not isfinite(bound.absolute):
-                    refresh_weights(self.products)
-                    return
-                growth.update(dict.fromkeys(group["params"], (bound.absolute, bound.relative)))
-            refresh_weights(self.products, growth)
+                if bound is not None and isfinite(bound.absolute):
+                    growth.update(dict.fromkeys(group["params"], (bound.absolute, bound.relative)))
+            touched = [p for p in self.products if any(w in changed for w in p.weights)]
+            bounded = [p for p in touched if all(w in growth for w in p.weights)]
+            refresh_weights(bounded, growth)
+            refresh_weights([p for p in touched if p not in bounded])
 
         if self.products:
             optimizer.register_step_post_hook(refresh)
@@ -123,8 +130,9 @@ class ScaleKeeper:
         """Go on with a checkpoint's scales, bit for bit; what it does not hold, or in other formats, starts anew."""
         anew = set()
         for p in self.products:
-            kept = state.get(p.names[0])
-            if kept is not None and kept[4:].tolist() == _fields(p):
+            kept, *others = (state.get(name, torch.zeros(0)) for name in p.names)
+            same = all(torch.equal(kept, other) for other in others)  # they were one product then, too
+            if same and kept[4:].tolist() == _fields(p):
                 p.matmul.spared = bool(kept[3])
                 p.matmul.set_exponents(kept[:3])
                 write_weights(p)
@@ -134,7 +142,7 @@ class ScaleKeeper:
         ours = {name for p in self.products for name in p.names}
         for names, what in (
             (anew - state.keys(), "new in low precision, starting from the plan's scales"),
-            (anew & state.keys(), "in other formats, starting from the plan's scales"),
+            (anew & state.keys(), "in other formats or groups, starting from the plan's scales"),
             (state.keys() - ours, "no longer in low precision"),
         ):
             if names:
@@ -178,12 +186,18 @@ def form_of(p: Encoded, operand: str) -> FloatFormat:
 def measure_operands(
     matmuls: list[tuple[str, Matmul, tuple[nn.Parameter, ...]]], loss: Callable[[], Tensor]
 ) -> dict[tuple[str, str], Range]:
-    """(product, operand) -> Range, from one eager forward and backward pass; no parameter's gradient is touched."""
+    """(product, operand) -> Range, from one eager forward and backward pass; no parameter's gradient is touched.
+
+    Random numbers that the pass draws are put back. An operand that is not computed (frozen parts) is left out.
+    """
     found: dict[tuple[str, str], Tensor] = {}
-    with _watch([(name, matmul) for name, matmul, _ in matmuls], found):
+    outputs: dict[str, Tensor] = {}
+    devices = {w.device for _, _, weights in matmuls for w in weights if w.is_cuda}
+    with torch.random.fork_rng(devices), _watch([(name, matmul) for name, matmul, _ in matmuls], found, outputs):
         total = loss()
-        first = next(w for _, _, weights in matmuls for w in weights)
-        torch.autograd.grad(total, first)
+    wanted = {name: out for name, out in outputs.items() if out.requires_grad}
+    grads = torch.autograd.grad(total, list(wanted.values()), allow_unused=True) if wanted else ()
+    found |= {(name, "g"): measure(grad) for name, grad in zip(wanted, grads, strict=True) if grad is not None}
     for name, matmul, weights in matmuls:
         found[name, "w"] = measure(join(tuple(w.detach()[:: -(-w.numel() // WEIGHT_SAMPLE)] for w in weights)))
         if isinstance(matmul, StaticMatmul) and not matmul.spared:  # the last refresh saw every element
@@ -206,8 +220,10 @@ def agreed(measured: Tensor) -> Tensor:
 
 
 @contextmanager
-def _watch(matmuls: list[tuple[str, Matmul]], found: dict[tuple[str, str], Tensor]) -> Iterator[None]:
-    """Measure inputs and output gradients of the modules while the block runs."""
+def _watch(
+    matmuls: list[tuple[str, Matmul]], found: dict[tuple[str, str], Tensor], outputs: dict[str, Tensor]
+) -> Iterator[None]:
+    """Measure the inputs of the modules, and keep their outputs, while the block runs."""
 
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -216,11 +232,8 @@ def _watch(matmuls: list[tuple[str, Matmul]], found: dict[tuple[str, str], Tenso
         return hook
 
     def after(name: str) -> Callable[..., None]:
-        def keep(grad: Tensor) -> None:
-            found[name, "g"] = measure(grad)
-
         def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            out.register_hook(keep)  # type: ignore[no-untyped-call]
+            outputs[name] = out
 
         return hook
 
