@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck
 
+from umup.errors import DataError
 from umup.nn.fp8 import convert
 from umup.nn.modules import Linear, UseScales
 from umup.numerics.formats import E4M3, E5M2, find_format
@@ -228,3 +229,9 @@ def test_far_logits_neither_overflow_nor_lose_the_loss():
     for mine, reference in both((chunks, whole), (1e4 * x.detach()).requires_grad_(), w, targets):
         assert mine.isfinite().all()
         torch.testing.assert_close(mine, reference, rtol=1e-11, atol=1e-9)
+
+
+def test_no_tokens_have_no_loss():
+    x, w = torch.randn(0, 8), torch.randn(32, 8)
+    with pytest.raises(DataError, match="leave empty batches out"):
+        linear_cross_entropy(x, w, torch.empty(0, dtype=torch.long), Gemm(1.0, 1.0, 1.0), 1.0, 1.0)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from umup.errors import DataError
 from umup.numerics.gemm import (
     G_ENCODE,
     Gemm,
@@ -52,8 +53,10 @@ def linear_cross_entropy(
     """`cross_entropy(linear(x, weight), targets)` with logits that exist a chunk of tokens at a time.
 
     x: (..., fan_in); weight: (vocab, fan_in); targets: (...). What is kept for the backward pass is the gradient at the
-    logits, in the dtype in which its products run: one byte per token and word in FP8.
+    logits, in the dtype in which its products run: one byte per token and word in FP8. Raises DataError for no tokens.
     """
+    if targets.numel() == 0:
+        raise DataError(f"an empty batch, targets {tuple(targets.shape)}, has no loss; leave empty batches out")
     tensors: tuple[Tensor | None, ...] = state or (None, None, None)
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         x.flatten(0, -2), weight, targets.flatten(), *tensors, gemm, multiplier, grad, torch.is_grad_enabled()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from umup.checkpoint import write_atomic
 from umup.errors import CheckpointError
 from umup.models.decoder import Decoder
-from umup.nn.fp8 import Encoded, StaticMatmul, encoded, refresh_weights, write_weights
+from umup.nn.fp8 import OPERANDS, Encoded, StaticMatmul, encoded, refresh_weights, write_weights
 from umup.nn.modules import Linear, Matmul, join
 from umup.numerics.formats import FloatFormat
 from umup.numerics.ranges import FLUSH_LIMIT, Range, choose, measure
@@ -69,7 +69,7 @@ class ScaleKeeper:
     def _judge(self, step: int, p: Encoded, ranges: dict[tuple[str, str], Range]) -> Iterator[dict[str, Any]]:
         exponents = p.matmul.exponents.tolist()
         moved = list(exponents)
-        for i, operand in enumerate(("x", "g", "w")):
+        for i, operand in enumerate(OPERANDS):
             if (p.name, operand) not in ranges:
                 continue
             seen, form, event = ranges[p.name, operand], form_of(p, operand), None
