@@ -146,8 +146,8 @@ def test_text_is_pairs_of_bytes_shifted_by_one():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler raises some of its own
-def test_compile_waits_once_before_anything_runs(monkeypatch):
-    monkeypatch.setattr(functorch, "force_non_lazy_backward_lowering", False)  # put back afterwards
+@functorch.patch(force_non_lazy_backward_lowering=False)  # put back afterwards
+def test_compile_waits_once_before_anything_runs():
     runs, seen = torch.zeros(()), []
 
     def loss(x):

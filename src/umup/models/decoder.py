@@ -62,7 +62,7 @@ class SelfAttention(nn.Module):
             and rotation is not None
             and cache is None
             and self.q.bias is self.k.bias is self.v.bias is None
-            and _whole_tiles(x)
+            and _trains_in_tiles(x)
         ):
             weights = self.q.weight, self.k.weight, self.v.weight
             heads = len(self.q.weight) // self.head_dim, len(self.k.weight) // self.head_dim
@@ -137,7 +137,7 @@ class GatedMLP(nn.Module):
     def _inside(self, x: Tensor) -> Tensor:
         """gate, up, activation, down: in FP8 as one segment where that can be, else one after another."""
         first, last = self.gate.matmul, self.down.matmul
-        if isinstance(first, StaticMatmul) and isinstance(last, StaticMatmul) and self.fusable and _whole_tiles(x):
+        if isinstance(first, StaticMatmul) and isinstance(last, StaticMatmul) and self.fusable and _trains_in_tiles(x):
             weights = join((self.gate.weight, self.up.weight)), self.down.weight
             gemms, states = (first.gemm, last.gemm), (first.state, last.state)
             return gated_mlp(x, weights, gemms, states, *self.act, self.compact)
@@ -146,9 +146,10 @@ class GatedMLP(nn.Module):
         return out
 
 
-def _whole_tiles(x: Tensor) -> bool:
+def _trains_in_tiles(x: Tensor) -> bool:
+    """Whether segments, which exist for training, take this many tokens."""
     tokens = x.numel() // x.shape[-1]
-    return tokens > 0 and tokens % ALIGNMENT == 0
+    return torch.is_grad_enabled() and tokens > 0 and tokens % ALIGNMENT == 0
 
 
 class Block(nn.Module):

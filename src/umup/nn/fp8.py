@@ -78,12 +78,9 @@ class StaticMatmul(Matmul):
 
     @property
     def fusable(self) -> bool:
-        """Whether an op over several products may run in place of `forward`: in training, in true FP8, unwatched."""
-        return (
-            torch.is_grad_enabled()
-            and not (self.spared or self.watched or self.formats.dynamic)
-            and all(form in (E4M3, E5M2) for form in self.formats[:2])
-        )
+        """Whether an op over several products may run in place of `forward`: in true FP8, unwatched."""
+        exempt = self.spared or self.watched or self.formats.dynamic
+        return not exempt and all(form in (E4M3, E5M2) for form in self.formats[:2])
 
     def forward(self, x: Tensor, *weights: Tensor) -> Tensor:
         """As Matmul's. Raises DataError for an x of no rows, for which there are no scales to be right."""

@@ -12,7 +12,7 @@ gradient.
 
 Sides of W must be multiples of 16 and are refused otherwise, on every backend; token counts are padded with zeros.
 Accumulation: `fast` keeps partial sums in the tensor core's short accumulator. It is used for the forward product
-alone: the others sum over the vocabulary or over all tokens, where it loses bits (notes in docs/fp8.md).
+alone: the others sum over the vocabulary or over all tokens, where it loses bits, and slow accumulation is as fast.
 """
 
 from typing import NamedTuple

@@ -79,11 +79,17 @@ class _Behaviour(NamedTuple):
 
 
 @lru_cache
-def _behaviour(fmt: FloatFormat) -> _Behaviour:
-    """Found by quantising 64 values per bin, so that a prediction cannot disagree with the format."""
+def _behaviours(fmt: FloatFormat) -> _Behaviour:
+    """For every exponent from -60 to 60, and the bins of a tensor: (121, bins) each.
+
+    Found by quantising 64 values per bin, so that a prediction cannot disagree with the format.
+    """
     points, energy = _bin_points(-126 - MAX_EXPONENT, 128 + MAX_EXPONENT)
     rounded = quantise(torch.from_numpy(points), fmt).numpy()
-    return _Behaviour(np.square(rounded - points).mean(1) / energy, (points > fmt.max).mean(1), (rounded == 0).mean(1))
+    error = np.square(rounded - points).mean(1) / energy
+    per_bin = error, (points > fmt.max).mean(1), (rounded == 0).mean(1)
+    windows = (sliding_window_view(numbers, _KEPT_BINS)[::_OCTAVE] for numbers in per_bin)
+    return _Behaviour(*map(np.ascontiguousarray, windows))
 
 
 def _bin_points(low: int, high: int) -> tuple[Array, Array]:
@@ -96,19 +102,6 @@ def _bin_points(low: int, high: int) -> tuple[Array, Array]:
 
 
 _ENERGY = _bin_points(-126, 128)[1]
-
-
-def _at(per_bin: Array, exponent: int) -> Array:
-    """The entries of a table over scaled bins that a tensor's own bins meet at a scale of 2^exponent."""
-    start = _OCTAVE * (exponent + MAX_EXPONENT)
-    return per_bin[start : start + _KEPT_BINS]
-
-
-@lru_cache
-def _behaviours(fmt: FloatFormat) -> _Behaviour:
-    """The same for every exponent from -60 to 60: (121, bins) each."""
-    windows = (sliding_window_view(per_bin, _KEPT_BINS)[::_OCTAVE] for per_bin in _behaviour(fmt))
-    return _Behaviour(*map(np.ascontiguousarray, windows))
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,16 +129,16 @@ class Range:
 
     def clip_share(self, fmt: FloatFormat, exponent: int) -> float:
         """Share of all elements that saturate."""
-        return float(_at(_behaviour(fmt).clip, exponent) @ self.counts) / max(self.elements, 1)
+        return float(_behaviours(fmt).clip[exponent + MAX_EXPONENT] @ self.counts) / max(self.elements, 1)
 
     def flush_share(self, fmt: FloatFormat, exponent: int) -> float:
         """Share of the nonzero elements that become zero."""
-        return float(_at(_behaviour(fmt).flush, exponent) @ self.counts) / max(float(self.counts.sum()), 1)
+        return float(_behaviours(fmt).flush[exponent + MAX_EXPONENT] @ self.counts) / max(float(self.counts.sum()), 1)
 
     def error(self, fmt: FloatFormat, exponent: int) -> float:
         """Predicted RMS of (encoded - x) over the RMS of x, by rounding, clipping and flushing; 0 without values."""
         energy = self.counts * _ENERGY
-        return math.sqrt(float(_at(_behaviour(fmt).error, exponent) @ energy) / (float(energy.sum()) or 1.0))
+        return math.sqrt(float(_behaviours(fmt).error[exponent + MAX_EXPONENT] @ energy) / (float(energy.sum()) or 1.0))
 
 
 class Choice(NamedTuple):

@@ -86,14 +86,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             operand = encode_input(x, gemm.formats, scales)
         else:
             operand = x
-        gradient, scale = _gradient_buffer(x, len(w), gemm, scales) if training else (None, None)
+        gradient, encode_by = _gradient_buffer(x, len(w), gemm, scales) if training else (None, None)
         rows = max(16, CHUNK_ELEMENTS // len(w))
         losses = []
         for start in range(0, len(x), rows):
             part = slice(start, start + rows)
             logits = _logits(operand[part], w, gemm, scales, x.dtype)
             sink = None if gradient is None else gradient[part]
-            losses.append(token_losses(logits, targets[part], multiplier, grad, scale, sink).sum())
+            losses.append(token_losses(logits, targets[part], multiplier, grad, encode_by, sink).sum())
         if gradient is not None:
             if gemm.formats is not None and scales is not None and gemm.formats.gradient.dtype is None:
                 gradient = encode_gradient(gradient, gemm.formats, scales)
