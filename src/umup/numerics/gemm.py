@@ -113,24 +113,24 @@ def transposed_weight_product(g8t: Tensor, x8t: Tensor, formats: Formats, scales
 def dynamic_input(x: Tensor, gemm: Gemm, scales: Tensor) -> Tensor:
     """The scales with those of x taken from its largest value."""
     assert gemm.formats is not None
-    encode_by = _power_of_two(x, gemm.formats.forward)
-    _, g, w, _, dx, dw, _, w_decode = scales[:, 0, 0].unbind()
-    return _table(encode_by, g, w, gemm.multiplier / encode_by, dx, dw, 1 / encode_by, w_decode)
+    by = _power_of_two(x, gemm.formats.forward)
+    return _changed(scales, {X_ENCODE: by, Y_DECODE: gemm.multiplier / by, X_DECODE: 1 / by})
 
 
 def dynamic_gradient(grad: Tensor, gemm: Gemm, scales: Tensor) -> Tensor:
     """The scales with those of the output gradient taken from its largest value."""
     assert gemm.formats is not None
-    encode_by = _power_of_two(grad, gemm.formats.gradient)
-    x, _, w, y, _, _, x_decode, w_decode = scales[:, 0, 0].unbind()
-    dx, dw = gemm.grad_input / encode_by, gemm.grad_weight / encode_by
-    return _table(x, encode_by, w, y, dx, dw, x_decode, w_decode)
+    by = _power_of_two(grad, gemm.formats.gradient)
+    return _changed(scales, {G_ENCODE: by, DX_DECODE: gemm.grad_input / by, DW_DECODE: gemm.grad_weight / by})
 
 
 def scale_gradients(scales: Tensor, factor: Tensor) -> Tensor:
     """The scales with the products that give gradients multiplied by `factor`, 0-d: no pass over the gradients."""
-    x, g, w, y, dx, dw, x_decode, w_decode = scales[:, 0, 0].unbind()
-    return _table(x, g, w, y, dx * factor, dw * factor, x_decode, w_decode)
+    return _changed(scales, {which: scales[which, 0, 0] * factor for which in (DX_DECODE, DW_DECODE)})
+
+
+def _changed(scales: Tensor, changes: dict[int, Tensor]) -> Tensor:
+    return _table(*(changes.get(i, scales[i, 0, 0]) for i in range(len(scales))))
 
 
 def plain_product(a: Tensor, b: Tensor, alpha: float) -> Tensor:
