@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from umup.numerics.kernels import cross_entropy
-from umup.numerics.kernels.cross_entropy import token_losses
+from umup.numerics.kernels.cross_entropy import losses_alone, losses_and_gradient, token_losses
 
 E4M3, E5M2, BF16, FP32 = torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float32
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
@@ -160,11 +160,11 @@ def test_a_target_outside_the_vocabulary_never_passes_for_a_loss(target):
 
 def test_the_operator_is_registered_soundly():
     z, targets = logits_of(5, 48, BF16)
-    torch.library.opcheck(token_losses, (z, targets, 1.0, 1.0, None, torch.empty_like(z)))
-    torch.library.opcheck(token_losses, (z.double(), targets, 1.0, 1.0, None, None))
+    torch.library.opcheck(losses_and_gradient, (z, targets, 1.0, 1.0, None, torch.empty_like(z)))
+    torch.library.opcheck(losses_alone, (z.double(), targets, 1.0))
     arguments = z, targets, 1.0, 1.0, scale_for(E5M2), torch.zeros(5, 48, dtype=E5M2, device=DEVICE)
     # The others compare results, which FP8 does not know.
-    torch.library.opcheck(token_losses, arguments, test_utils="test_faketensor")
+    torch.library.opcheck(losses_and_gradient, arguments, test_utils="test_faketensor")
 
 
 # The kernel, in every launch configuration.

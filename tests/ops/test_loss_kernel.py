@@ -130,3 +130,13 @@ def test_chunks_are_slices_of_one_buffer_in_the_products_format(monkeypatch):
     assert {sink.dtype for sink in sinks} == {E5M2.dtype}
     assert [sink.storage_offset() for sink in sinks] == [0, CHUNK * VOCAB, 2 * CHUNK * VOCAB]
     assert len({sink.untyped_storage().data_ptr() for sink in sinks}) == 1
+
+
+@torch_warns_itself
+@pytest.mark.parametrize("kind", ["plain", "scaled_mm"])
+def test_an_evaluation_compiles(kind):
+    function, (x, _), targets = problem(kind)
+    with torch.no_grad():
+        expected = function(x, targets)
+        found = torch.compile(function, fullgraph=True, dynamic=False)(x, targets)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)

@@ -77,6 +77,11 @@ class StaticMatmul(Matmul):
         return GemmState(self.row, self.column, self.scales_table)
 
     @property
+    def joins(self) -> bool:
+        """As Matmul's; the encoded weights are joined for good."""
+        return not self.spared or super().joins
+
+    @property
     def fusable(self) -> bool:
         """Whether an op over several products may run in place of `forward`: in true FP8, unwatched."""
         exempt = self.spared or self.watched or self.formats.dynamic

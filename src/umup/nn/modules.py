@@ -39,9 +39,12 @@ class Matmul(nn.Module):
 
     def forward(self, x: Tensor, *weights: Tensor) -> Tensor:
         """x: (..., fan_in), weights: (fan_out, fan_in) each -> (..., sum of fan_out)."""
-        if len(weights) > 1 and not torch.is_grad_enabled():  # decoding: joining the weights would cost more
-            return torch.cat([linear(x, w, *self.scales) for w in weights], -1)
         return linear(x, join(weights), *self.scales)
+
+    @property
+    def joins(self) -> bool:
+        """Whether several weights run as one product now: not in decoding, where joining them would cost more."""
+        return torch.is_grad_enabled()
 
     def loss(self, x: Tensor, weight: Tensor, targets: Tensor, multiplier: float, grad: float) -> Tensor:
         """Cross entropy of the outputs as logits (ops/loss.py)."""
@@ -89,7 +92,10 @@ def project(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
     found: dict[int, Tensor] = {}
     for matmul, members in groups.items():
         weights = [linears[i].weight for i in members]
-        parts = matmul(x, *weights).split([len(w) for w in weights], -1)
+        if matmul.joins:
+            parts = matmul(x, *weights).split([len(w) for w in weights], -1)
+        else:
+            parts = [matmul(x, w) for w in weights]
         found |= {i: linears[i].add_bias(y) for i, y in zip(members, parts, strict=True)}
     return tuple(found[i] for i in range(len(linears)))
 

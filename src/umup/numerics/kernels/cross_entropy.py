@@ -32,7 +32,6 @@ DEFAULT = CONFIGS[0]
 LANE = 8
 
 
-@torch.library.custom_op("umup::token_losses", mutates_args=("gradient",))
 def token_losses(
     logits: Tensor, targets: Tensor, multiplier: float, grad: float, scale: Tensor | None, gradient: Tensor | None
 ) -> Tensor:
@@ -42,8 +41,46 @@ def token_losses(
     None where only the loss is wanted. Its dtype decides: float8_e4m3fn or float8_e5m2, as `numerics.formats.encode`
     with `scale`, a float32 scalar on the logits' device; or a wider one, with scale None. A logit that is NaN or
     +infinity makes its whole row NaN, loss and gradient. A target outside its range raises, on a GPU it makes the
-    loss NaN. An opaque operator, which writes in place: compiled, chunks fill one buffer without a copy.
+    loss NaN. Two opaque operators, since torch's compiler cannot write into None: with a gradient it writes in place,
+    so that chunks fill one buffer without a copy.
     """
+    losses: Tensor = (
+        losses_alone(logits, targets, multiplier)
+        if gradient is None
+        else losses_and_gradient(logits, targets, multiplier, grad, scale, gradient)
+    )
+    return losses
+
+
+@torch.library.custom_op("umup::token_losses", mutates_args=("gradient",))
+def losses_and_gradient(
+    logits: Tensor, targets: Tensor, multiplier: float, grad: float, scale: Tensor | None, gradient: Tensor
+) -> Tensor:
+    """`token_losses` with a gradient."""
+    return _token_losses(logits, targets, multiplier, grad, scale, gradient)
+
+
+@torch.library.custom_op("umup::token_losses_alone", mutates_args=())
+def losses_alone(logits: Tensor, targets: Tensor, multiplier: float) -> Tensor:
+    """`token_losses` without."""
+    return _token_losses(logits, targets, multiplier, 0.0, None, None)
+
+
+@losses_and_gradient.register_fake
+def _(
+    logits: Tensor, targets: Tensor, multiplier: float, grad: float, scale: Tensor | None, gradient: Tensor
+) -> Tensor:
+    return logits.new_empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+@losses_alone.register_fake
+def _(logits: Tensor, targets: Tensor, multiplier: float) -> Tensor:
+    return logits.new_empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def _token_losses(
+    logits: Tensor, targets: Tensor, multiplier: float, grad: float, scale: Tensor | None, gradient: Tensor | None
+) -> Tensor:
     if logits.is_cuda and logits.element_size() < 8 and logits.stride(1) == 1:
         losses = logits.new_empty(len(logits), dtype=torch.float32)
         launch(logits, targets, multiplier, grad, scale, losses, gradient, DEFAULT)
@@ -55,13 +92,6 @@ def token_losses(
         share = log_share.exp_().scatter_add_(-1, targets[:, None], -torch.ones_like(losses)[:, None]) * grad
         gradient.copy_(share if scale is None else encode(share, scale, FORMATS[gradient.dtype]))
     return losses
-
-
-@token_losses.register_fake
-def _(
-    logits: Tensor, targets: Tensor, multiplier: float, grad: float, scale: Tensor | None, gradient: Tensor | None
-) -> Tensor:
-    return logits.new_empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def launch(
