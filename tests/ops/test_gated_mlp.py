@@ -54,7 +54,8 @@ class Case:
         self.act = act
 
     def fused(self, x, compact=False):
-        return gated_mlp(x, self.weights, self.gemms, self.states, *self.act, compact)
+        formats = tuple(gemm.formats for gemm in self.gemms)
+        return gated_mlp(x, self.weights, formats, self.states, *self.act, compact)
 
     def parts(self, x):
         (first, last), (a, b) = self.gemms, self.states

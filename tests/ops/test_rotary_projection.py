@@ -35,6 +35,10 @@ def product(heads, gradient, backend, dtype=torch.float32):
     return x.requires_grad_(), w.requires_grad_(), gemm, state, upstream
 
 
+def segment(x, w, rotation, heads, gemm, state):
+    return rotary_projection(x, w, rotation, heads, gemm.formats, state)
+
+
 def composite(x, w, rotation, heads, gemm, state):
     qkv = linear(x, w, *gemm[:3], gemm.formats, state)
     sizes = [n * D for n in (heads[0], heads[1], heads[1])]
@@ -55,7 +59,7 @@ def error(found, exact):
 @every_shape
 def test_it_is_the_composite_in_float32(heads, gradient, backend):
     x, w, gemm, state, upstream = product(heads, gradient, backend)
-    mine = results(rotary_projection, x, w, heads, gemm, state, upstream)
+    mine = results(segment, x, w, heads, gemm, state, upstream)
     theirs = results(composite, x, w, heads, gemm, state, upstream)
     for a, b in zip(mine[:3], theirs[:3], strict=True):
         assert torch.equal(a, b)
@@ -68,7 +72,7 @@ def test_it_is_the_composite_in_float32(heads, gradient, backend):
 @every_shape
 def test_in_bfloat16_its_gradients_are_nearer_the_exact_ones(heads):
     x, w, gemm, state, upstream = product(heads, E5M2, "emulate", torch.bfloat16)
-    mine = results(rotary_projection, x, w, heads, gemm, state, upstream)
+    mine = results(segment, x, w, heads, gemm, state, upstream)
     theirs = results(composite, x, w, heads, gemm, state, upstream)
     for a, b in zip(mine[:3], theirs[:3], strict=True):
         assert torch.equal(a, b)
@@ -85,15 +89,15 @@ def test_in_bfloat16_its_gradients_are_nearer_the_exact_ones(heads):
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_only_the_gradients_that_are_asked_for_are_computed(frozen):
     x, w, gemm, state, upstream = product((4, 2), E5M2, "emulate")
-    reference = results(rotary_projection, x, w, (4, 2), gemm, state, upstream)[3:][1 - frozen]
+    reference = results(segment, x, w, (4, 2), gemm, state, upstream)[3:][1 - frozen]
     (x, w)[frozen].requires_grad_(False)
-    out = rotary_projection(x, w, ROTATION, (4, 2), gemm, state)
+    out = rotary_projection(x, w, ROTATION, (4, 2), gemm.formats, state)
     assert torch.equal(torch.autograd.grad(out, (x, w)[1 - frozen], upstream)[0], reference)
 
 
 def test_outputs_that_nobody_uses_have_no_gradient():
     x, w, gemm, state, upstream = product((4, 2), E5M2, "emulate")
-    q, _, _ = rotary_projection(x, w, ROTATION, (4, 2), gemm, state)
+    q, _, _ = rotary_projection(x, w, ROTATION, (4, 2), gemm.formats, state)
     _, dw = torch.autograd.grad(q, (x, w), upstream[0])
     assert dw[: 4 * D].abs().min() > 0
     assert dw[4 * D :].abs().max() == 0
@@ -103,7 +107,7 @@ def test_what_is_saved_is_the_encoded_input():
     saved = []
     x, w, gemm, state, _ = product((4, 2), E5M2, "emulate", torch.bfloat16)
     with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        rotary_projection(x, w, ROTATION, (4, 2), gemm, state)
+        rotary_projection(x, w, ROTATION, (4, 2), gemm.formats, state)
     ours = [t for t in saved if t.data_ptr() not in {part.data_ptr() for part in state}]
     assert sorted((tuple(t.shape), t.element_size()) for t in ours) == [((S, D // 2), 2)] * 2 + [((B * S, C), 1)]
 
@@ -112,7 +116,7 @@ def test_what_is_saved_is_the_encoded_input():
 def test_what_is_no_number_stays_none(bad):
     x, w, gemm, state, upstream = product((4, 2), E5M2, "emulate")
     upstream[1][1, 0, 3, 5] = bad
-    *_, dx, dw = results(rotary_projection, x, w, (4, 2), gemm, state, upstream)
+    *_, dx, dw = results(segment, x, w, (4, 2), gemm, state, upstream)
     assert dx.isnan().any(-1).nonzero().tolist() == [[1, 3]]
     assert dw.isnan().all(-1).nonzero().flatten().tolist() == [4 * D + 5, 4 * D + 5 + D // 2]
 
@@ -125,7 +129,7 @@ def check_compiled(dtype, backend, compiler):
     x, w, gemm, state, upstream = product(heads, E5M2, backend, dtype)
 
     def function(x, w, rotation, heads, gemm, state):
-        return rotary_projection(2 * x, w, rotation, heads, gemm, state)
+        return segment(2 * x, w, rotation, heads, gemm, state)
 
     torch.compiler.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=compiler)

@@ -314,3 +314,19 @@ def test_neither_steps_nor_rates_compile_anew():
     compiled = len(cache)
     train(optimizer, 40, 2)
     assert len(cache) == compiled
+
+
+def test_groups_may_store_their_moments_differently():
+    half, full = (torch.nn.Parameter(torch.ones(8)) for _ in range(2))
+    groups = [{"params": [half], "state_dtype": HALF}, {"params": [full]}]
+    optimizer = AdamW(groups, lr=0.1, betas=(0.9, 0.95))
+    for p in (half, full):
+        p.grad = torch.ones(8)
+    optimizer.step()
+    restored = AdamW(deepcopy(groups), lr=0.1, betas=(0.9, 0.95))
+    restored.load_state_dict(optimizer.state_dict())
+    for o in (optimizer, restored):
+        stored = [o.state[p]["exp_avg"].dtype for group in o.param_groups for p in group["params"]]
+        assert stored == [HALF, torch.float32]
+    bounds = [step_bound(optimizer, group).absolute for group in optimizer.param_groups]
+    assert bounds[0] > bounds[1]  # bfloat16 moments round

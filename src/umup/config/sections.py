@@ -165,8 +165,8 @@ class PrecisionConfig(Section):
     """recipe by glob pattern on product names, e.g. {'*.mlp.down': bf16, head: fp8}; later patterns win, and the
     recipe's dtype of activations spares a product"""
     scales: Scales = "adapt"
-    """of FP8 operands: static (constants), monitor (constants, and a warning where they stop serving), adapt (constants
-    that follow sampled ranges), dynamic (from each tensor's maximum)"""
+    """of FP8 inputs and gradients: static (constants), monitor (constants, and a warning where they stop serving),
+    adapt (constants that follow sampled ranges), dynamic (from each tensor's maximum); weights always follow"""
     sample_every: Positive = 100
     """monitor, adapt: steps between two looks at the ranges"""
     compact: bool = False

@@ -12,7 +12,7 @@ from umup.config.sections import PrecisionConfig, RunConfig
 from umup.errors import ConfigError
 from umup.models.decoder import MLP, Block, Decoder, GatedMLP, LearnedPositions, SelfAttention
 from umup.models.specs import Shape, plan_for, products_for, shape_of
-from umup.nn.fp8 import Encoded, convert
+from umup.nn.fp8 import convert
 from umup.nn.modules import Attention, Dropout, Embedding, LayerNorm, Linear, Residual, RMSNorm, UseScales
 from umup.numerics.formats import find_format
 from umup.numerics.gemm import Formats, require_fp8
@@ -50,7 +50,7 @@ def build(config: RunConfig, plan: Plan | None = None, device: torch.device | st
 def _keep_compact(model: Decoder) -> None:
     """Raises ConfigError where no MLP has what `precision.compact` speaks of."""
     for layer in model.layers:
-        if not isinstance(layer.mlp, GatedMLP) or not layer.mlp.fusable:
+        if not isinstance(layer.mlp, GatedMLP) or layer.mlp.segment is None:
             raise ConfigError(
                 "precision.compact keeps gate and up of gated MLPs whose products are all in FP8 with static scales; "
                 "write precision.compact: false, or precision.recipe: fp8 under model.family: llama"
@@ -63,7 +63,7 @@ def stream_of(config: RunConfig) -> torch.dtype:
     return DTYPES[find_recipe(config.precision.recipe).stream]
 
 
-def encode_products(model: nn.Module, products: Iterable[Product], precision: PrecisionConfig) -> list[Encoded]:
+def encode_products(model: nn.Module, products: Iterable[Product], precision: PrecisionConfig) -> None:
     """Put a model's products on their formats (rules/precision.py); those without one are left alone."""
     device = next(model.parameters()).device
     formats = {}
@@ -78,7 +78,7 @@ def encode_products(model: nn.Module, products: Iterable[Product], precision: Pr
             if p.simulated:  # values in float32, of any format and any sides
                 forward, gradient = replace(forward, dtype=None), replace(gradient, dtype=None)
             formats[p.name] = Formats(forward, gradient, backend, dynamic)
-    return convert(model, formats)
+    convert(model, formats)
 
 
 def decoder(shape: Shape, plan: Plan, dtype: torch.dtype = torch.float32) -> Decoder:

@@ -66,7 +66,7 @@ class SelfAttention(nn.Module):
         ):
             weights = self.q.weight, self.k.weight, self.v.weight
             heads = len(self.q.weight) // self.head_dim, len(self.k.weight) // self.head_dim
-            return rotary_projection(x, join(weights), rotation, heads, matmul.gemm, matmul.state)
+            return rotary_projection(x, join(weights), rotation, heads, matmul.formats, matmul.state)
         q, k, v = (self._heads(part) for part in project(x, self.q, self.k, self.v))
         if rotation is not None:
             q, k = rotary(q, *rotation), rotary(k, *rotation)
@@ -122,25 +122,27 @@ class GatedMLP(nn.Module):
         return self.residual.add(self.dropout(self._inside(self.norm(x))), skip)
 
     @property
-    def fusable(self) -> bool:
-        """Whether the products may now run as one segment."""
+    def segment(self) -> tuple[StaticMatmul, StaticMatmul] | None:
+        """The products of gate and up, and of down, where they may run as one segment."""
         first, last = self.gate.matmul, self.down.matmul
-        return (
+        if (
             isinstance(first, StaticMatmul)
             and isinstance(last, StaticMatmul)
             and first is self.up.matmul
             and first.fusable
             and last.fusable
             and self.gate.bias is self.up.bias is self.down.bias is None
-        )
+        ):
+            return first, last
+        return None
 
     def _inside(self, x: Tensor) -> Tensor:
         """gate, up, activation, down: in FP8 as one segment where that can be, else one after another."""
-        first, last = self.gate.matmul, self.down.matmul
-        if isinstance(first, StaticMatmul) and isinstance(last, StaticMatmul) and self.fusable and _trains_in_tiles(x):
+        if (segment := self.segment) is not None and _trains_in_tiles(x):
+            first, last = segment
             weights = join((self.gate.weight, self.up.weight)), self.down.weight
-            gemms, states = (first.gemm, last.gemm), (first.state, last.state)
-            return gated_mlp(x, weights, gemms, states, *self.act, self.compact)
+            formats, states = (first.formats, last.formats), (first.state, last.state)
+            return gated_mlp(x, weights, formats, states, *self.act, self.compact)
         gate, up = project(x, self.gate, self.up)
         out: Tensor = self.down(gated_silu(gate, up, *self.act))
         return out
@@ -228,9 +230,8 @@ class Decoder(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy in nats; its gradient is the plan's (ops/loss.py)."""
-        product, x = self.head.matmul, self.trunk(tokens)
-        loss: Tensor = product.loss(x, self.head.weight, targets, self.loss_multiplier, self.loss_grad)
-        return loss
+        x = self.trunk(tokens)
+        return self.head.matmul.loss(x, self.head.weight, targets, self.loss_multiplier, self.loss_grad)
 
     def next_token_logits(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """(B, S) -> (B, vocab): what the loss's softmax sees at the last position, float32 or wider."""

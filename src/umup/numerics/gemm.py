@@ -23,6 +23,7 @@ from torch import Tensor
 
 from umup.errors import ConfigError
 from umup.numerics.formats import FloatFormat, encode
+from umup.numerics.kernels import ALIGNMENT
 from umup.numerics.kernels.transpose import transpose8
 
 # Entries of a product's table of scales.
@@ -99,7 +100,7 @@ def input_product(g8: Tensor, column: Tensor, formats: Formats, scales: Tensor, 
 
 def weight_product(g8: Tensor, x8: Tensor, formats: Formats, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """(T, N), (T, K) -> dW (N, K). T is padded with zeros to a multiple of 16."""
-    odd = -len(g8) % 16
+    odd = -len(g8) % ALIGNMENT
     if odd:
         g8, x8 = _pad_rows(g8, odd), _pad_rows(x8, odd)
     return transposed_weight_product(_transpose(g8), _transpose(x8), formats, scales, dtype)
@@ -161,10 +162,10 @@ def _scaled(
     a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, backend: str, fast: bool
 ) -> Tensor:
     """`scale_a * scale_b * a b^T` for a: (M, K), b: (N, K). The one place that calls torch's private FP8 product."""
-    if b.element_size() == 1 and (a.shape[1] % 16 or b.shape[0] % 16):
+    if b.element_size() == 1 and (a.shape[1] % ALIGNMENT or b.shape[0] % ALIGNMENT):
         raise ConfigError(
-            f"an FP8 product of {tuple(a.shape)} and {tuple(b.shape)}: sides must be multiples of 16; spare this layer "
-            "by precision.overrides {name: bf16}"
+            f"an FP8 product of {tuple(a.shape)} and {tuple(b.shape)}: sides must be multiples of {ALIGNMENT}; spare "
+            "this layer by precision.overrides {name: bf16}"
         )
     if backend == "scaled_mm":
         return torch._scaled_mm(a, b.t(), scale_a, scale_b, out_dtype=dtype, use_fast_accum=fast)

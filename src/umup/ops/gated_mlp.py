@@ -19,7 +19,6 @@ from umup.numerics.gemm import (
     G_ENCODE,
     X_ENCODE,
     Formats,
-    Gemm,
     GemmState,
     encode_input,
     entry,
@@ -87,7 +86,7 @@ class _GatedMLP(torch.autograd.Function):
 def gated_mlp(
     x: Tensor,
     weights: tuple[Tensor, Tensor],
-    gemms: tuple[Gemm, Gemm],
+    formats: tuple[Formats, Formats],
     states: tuple[GemmState, GemmState],
     mult: float,
     output: float,
@@ -96,10 +95,10 @@ def gated_mlp(
     """`down(gated_silu(gate, up, mult, output))` for gate | up = gate_up(x), both products in FP8 -> (..., C).
 
     x: (..., C), its tokens a multiple of 16. Of the two products, gate_up and down: weights (2f, C), gate above up, and
-    (C, f); their constants, with formats; their tensors. Gradients are ops.linear's: each weight's in its own dtype.
+    (C, f); their formats; their states, whose scales hold the factors. Gradients are ops.linear's: each weight's in its
+    own dtype.
     compact: keep gate and up in E4M3, half the memory, from which the gradients and the second activation follow.
     """
-    formats = tuple(gemm.formats for gemm in gemms)
     flat = x.reshape(-1, x.shape[-1])
     out: Tensor = _GatedMLP.apply(flat, *weights, *states, formats, mult, output, compact)  # type: ignore[no-untyped-call]
     return out.view(*x.shape[:-1], -1)

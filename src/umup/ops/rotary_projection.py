@@ -16,7 +16,7 @@ from torch import Tensor
 
 from umup.numerics.gemm import (
     G_ENCODE,
-    Gemm,
+    Formats,
     GemmState,
     encode_input,
     entry,
@@ -45,10 +45,8 @@ class _RotaryProjection(torch.autograd.Function):
         column: Tensor,
         scales: Tensor,
         heads: tuple[int, int],
-        gemm: Gemm,
+        formats: Formats,
     ) -> Heads:
-        formats = gemm.formats
-        assert formats is not None
         x8 = encode_input(x.flatten(0, 1), formats, scales)
         qkv = forward_product(x8, row, formats, scales, x.dtype).view(*x.shape[:2], -1, 2 * cos.shape[-1])
         q, k, v = qkv.transpose(1, 2).split([heads[0], heads[1], heads[1]], 1)  # type: ignore[no-untyped-call]
@@ -72,12 +70,17 @@ class _RotaryProjection(torch.autograd.Function):
 
 
 def rotary_projection(
-    x: Tensor, weight: Tensor, rotation: tuple[Tensor, Tensor], heads: tuple[int, int], gemm: Gemm, state: GemmState
+    x: Tensor,
+    weight: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    heads: tuple[int, int],
+    formats: Formats,
+    state: GemmState,
 ) -> Heads:
     """`rotary(q), rotary(k), v` for q | k | v = x W^T in FP8: (B, H, S, D) and twice (B, Hkv, S, D), in x's dtype.
 
     x: (B, S, C), B*S a multiple of 16. weight: ((H + 2*Hkv)*D, C). rotation: cos and sin, (S, D/2). heads: (H, Hkv).
-    gemm: the product's constants, with formats; state: its tensors. Gradients are ops.linear's.
+    formats, state: the product's, whose factors are in the state's scales. Gradients are ops.linear's.
     """
-    out: Heads = _RotaryProjection.apply(x, weight, *rotation, *state, heads, gemm)  # type: ignore[no-untyped-call]
+    out: Heads = _RotaryProjection.apply(x, weight, *rotation, *state, heads, formats)  # type: ignore[no-untyped-call]
     return out

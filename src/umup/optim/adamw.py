@@ -81,7 +81,7 @@ class AdamW(torch.optim.Optimizer):
         if not state:
             state["step"] = torch.tensor(0.0)
             for entry in MOMENTS:
-                state[entry] = torch.zeros_like(p, dtype=self.defaults["state_dtype"])
+                state[entry] = torch.zeros_like(p, dtype=group["state_dtype"])
         state["step"] += 1
         kernel = _fused() if p.is_cuda and p.is_contiguous() else step_eager
         kernel(
@@ -100,11 +100,11 @@ class AdamW(torch.optim.Optimizer):
         """As torch's, whose cast of every state tensor to the parameter's dtype is undone from the source."""
         super().load_state_dict(state_dict)
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(saved, parameters, strict=True):
+        owned = [(p, group["state_dtype"]) for group in self.param_groups for p in group["params"]]
+        for i, (p, dtype) in zip(saved, owned, strict=True):
             for entry in MOMENTS if i in state_dict["state"] else ():
                 value = state_dict["state"][i][entry]
-                self.state[p][entry] = value.to(p.device, self.defaults["state_dtype"], copy=True)
+                self.state[p][entry] = value.to(p.device, dtype, copy=True)
 
 
 def step_eager(
@@ -172,7 +172,7 @@ def step_bound(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> StepB
     if not isinstance(optimizer, torch.optim.AdamW | AdamW):
         return None
     lr, (beta1, beta2) = group["lr"], group["betas"]
-    half = optimizer.defaults.get("state_dtype") == torch.bfloat16
+    half = group.get("state_dtype") == torch.bfloat16
     ratio = beta1**2 / beta2 if beta1 else 0.0
     ratio *= (1.0 + BFLOAT16_STEP) ** 2 / (1.0 - BFLOAT16_STEP) if half else 1.0
     growth = (1.0 - beta1) / sqrt((1.0 - beta2) * (1.0 - ratio)) if ratio < 1.0 else inf

@@ -1,7 +1,7 @@
 """Ranges of a run's operands: looked at now and then, recorded, and what follows from them.
 
-A look is one eager forward and backward pass over one sequence, beside the compiled step: it costs the step nothing and
-recompiles nothing. Output gradients under unit scaling do not depend on how many tokens share a batch, so one sequence
+A look is one eager forward and backward pass over one sequence, beside the compiled step, which it leaves as it is and
+does not recompile. Output gradients under unit scaling do not depend on how many tokens share a batch, so one sequence
 shows their scale. What a look finds out of its band is moved to the band's middle (numerics/ranges.py), for both
 directions of drift; a tensor that no constant serves sends its product back to the stream's dtype.
 """
