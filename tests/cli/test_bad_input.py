@@ -50,7 +50,7 @@ OVERRIDES = {
         ["parametrization.hparams", "did you mean 'alpha_res'"],
     ),
     "unknown family": (["--model.family", "lama"], ["model.family", "did you mean 'llama'"]),
-    "unknown optimizer": (["--optimizer.name", "adam"], ["optimizer.name", "did you mean 'adamw'"]),
+    "unknown optimizer": (["--optimizer.name", "adanw"], ["optimizer.name", "did you mean 'adamw'"]),
     "unknown schedule": (["--schedule.name", "cosin"], ["schedule.name", "'cosine'", "'cosin'"]),
     "override without value": (["--optimizer.lr"], ["--optimizer.lr has no value", "write --optimizer.lr VALUE"]),
     "override without section": (["--lr", "1"], ["unknown argument '--lr'"]),

@@ -11,17 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from umup.config.sections import ModelConfig
+from umup.config.sections import BaseShape, ModelConfig
 from umup.models.build import decoder, initialise
 from umup.models.decoder import Decoder
 from umup.models.families import FAMILIES
-from umup.models.specs import Shape, architecture, shape_of
+from umup.models.specs import Shape, architecture, base_architecture, shape_of
 from umup.rules.plan import Plan, make_plan
 from umup.rules.schemes import SCHEMES
 
+BASE = BaseShape(hidden_size=16, num_layers=1)
 BATCH, SEQ, VOCAB, STEPS = 4, 16, 64, 6
 # Epsilon is of the size of the gradients, so that a wrong factor on it shows.
-LR, EPS = {"sp": 0.01, "mup": 0.01, "umup": 0.5}, {"sp": 1e-3, "mup": 1e-3, "umup": 0.1}
+LR = {**dict.fromkeys(SCHEMES, 0.01), "umup": 0.5, "mus": 0.5, "spectral": 0.1}
+EPS = {scheme: 0.1 if table.unit_scaled else 1e-3 for scheme, table in SCHEMES.items()}
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Case:
                 vocab_size=VOCAB,
                 max_seq_len=SEQ,
                 tie_embeddings=self.tied,
+                norm_placement=SCHEMES[self.scheme].norm_placement,
             )
         )
 
@@ -50,7 +53,7 @@ class Case:
         return make_plan(
             self.scheme,
             architecture(self.shape(), BATCH * SEQ),
-            architecture(self.shape(16), BATCH * SEQ) if table.needs_base else None,
+            base_architecture(self.shape(), BASE, BATCH * SEQ) if table.needs_base else None,
             independent_weight_decay=not self.coupled,
             hparams={h.name: 1.3 * h.default for h in table.hparams},
             options=dict([self.option] if self.option else []),

@@ -169,7 +169,7 @@ def attention(formats="", biased=False, dynamic=False):
     q, k, v = (Linear(C, n, UseScales(), bias) for n in (4 * D, 2 * D, 2 * D))
     out = Linear(4 * D, C, UseScales())
     norm, sdpa, residual = RMSNorm(C, 1e-5, None), Attention(D**-0.5, 1.0, 0.0), Residual(1.0, 1.0, 1.0, 1.0)
-    block = SelfAttention(0, D, norm, q, k, v, sdpa, out, torch.nn.Identity(), residual)
+    block = SelfAttention(0, D, norm, q, k, v, sdpa, out, False, torch.nn.Identity(), residual)
     for p in block.parameters():
         torch.nn.init.normal_(p, std=C**-0.5)
     convert(block, dict.fromkeys(formats, Formats(E4M3, E5M2, "emulate", dynamic)))

@@ -94,7 +94,7 @@ def groups_of(model: nn.Module, plan: Plan) -> dict[str, dict]:
 
 def test_every_role_is_compared():
     roles = {p.spec.role for tied in (True, False) for p in plan(256, 2, tied).params.values()}
-    assert roles == set(Role)
+    assert roles == set(Role) - {Role.INPUT, Role.SCALAR}  # for those, test_golden_mup_optimizers.py
 
 
 @every_case

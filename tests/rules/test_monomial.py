@@ -93,7 +93,7 @@ def test_a_relative_factor_changes_no_bit_of_an_absolute_one_at_the_base(absolut
 def test_a_relative_rule_moves_away_from_the_base():
     """The two tests above would also pass if ratios were ignored."""
     assert ratio("fan_in", -1).evaluate({"fan_in": 512, "base_fan_in": 128}) == 0.25
-    assert MUP.rows[Role.EMBEDDING].eps["adam"].formula.evaluate({"fan_out": 512, "base_fan_out": 128}) == 0.25
+    assert MUP.rows[Role.EMBEDDING]["grad"].formula.evaluate({"fan_out": 512, "base_fan_out": 128}) == 0.25
 
 
 def test_exponents_stay_exact():
@@ -106,3 +106,20 @@ def test_a_monomial_is_frozen_and_hashable():
     assert {formula: 1}[constant(2.0) * power("depth")] == 1
     with pytest.raises(AttributeError):
         formula.coefficient = 3.0  # type: ignore[misc]
+
+
+def test_a_power_multiplies_exponents():
+    assert (constant(4.0) * power("depth", -1)) ** Fraction(1, 2) == constant(2.0) * power("depth", "-1/2")
+    assert power("fan_in") ** 0 == Monomial()
+
+
+def test_symbols_are_replaced_by_formulas():
+    found = (power("grad", -1) * power("depth")).substitute({"grad": constant(2.0) * power("fan_out", -1)})
+    assert found == constant(0.5) * power("fan_out") * power("depth")
+
+
+def test_variation_keeps_sizes_alone():
+    formula = constant(3.0) * power("sigma_init") * ratio("fan_in", "-1/2") * power("depth", "-1/2")
+    assert formula.variation(relative=False) == ratio("fan_in", "-1/2") * power("depth", "-1/2")
+    assert formula.variation(relative=True) == ratio("fan_in", "-1/2") * ratio("depth", "-1/2")
+    assert power("base_depth", "-1/2").variation(relative=True) == Monomial()

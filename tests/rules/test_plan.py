@@ -29,11 +29,31 @@ def network(family="gpt2", width=96, **fields) -> Architecture:
     return architecture(shape_of(ModelConfig(family=family, hidden_size=width, **sizes)), TOKENS)
 
 
-def plan(scheme, family="gpt2", width=96, base_width=64, hparams=None, options=None, coupled=False, **fields) -> Plan:
+def plan(
+    scheme,
+    family="gpt2",
+    width=96,
+    base_width=64,
+    base_layers=None,
+    hparams=None,
+    options=None,
+    coupled=False,
+    optimizer="adamw",
+    **fields,
+) -> Plan:
+    fields = {"norm_placement": SCHEMES[scheme].norm_placement, **fields}
     base = network(family, base_width, **fields) if SCHEMES[scheme].needs_base else None
+    if base and base_layers:
+        base = replace(base, sizes=replace(base.sizes, num_layers=base_layers))
     target = network(family, width, **fields)
     return make_plan(
-        scheme, target, base, independent_weight_decay=not coupled, hparams=hparams or {}, options=options or {}
+        scheme,
+        target,
+        base,
+        optimizer=optimizer,
+        independent_weight_decay=not coupled,
+        hparams=hparams or {},
+        options=options or {},
     )
 
 
@@ -49,19 +69,20 @@ def numbers(p: Plan, *quantities: str) -> dict[tuple[str, str], float]:
 # --- what every scheme must answer ------------------------------------------------------------------------------
 
 
-def everything() -> Architecture:
-    """One parameter of every role and one site of every kind."""
+def everything(scheme: str) -> Architecture:
+    """One parameter of every role and one site of every kind, normalised where the scheme wants it."""
     params = [ParamSpec(f"p.{role}", role, (4, 8), 8, 4) for role in Role if role is not Role.TIED_READOUT]
     params.append(ParamSpec("p.tied", Role.TIED_READOUT, (4, 8), 8, 4, tied_to="p.embedding"))
     sites = tuple(OpSite(f"s.{kind}", kind) for kind in OpKind)
-    return Architecture(tuple(params), sites, Sizes(2, TOKENS, 16, 8, 32, dropout=0.1))
+    sizes = Sizes(2, TOKENS, 16, 8, 32, dropout=0.1, norm_placement=SCHEMES[scheme].norm_placement)
+    return Architecture(tuple(params), sites, sizes)
 
 
 @every_scheme
 @pytest.mark.parametrize("independent", [True, False])
 def test_a_scheme_answers_every_role_and_every_kind_of_site(scheme, independent):
-    base = everything() if SCHEMES[scheme].needs_base else None
-    p = make_plan(scheme, everything(), base, independent_weight_decay=independent)
+    base = everything(scheme) if SCHEMES[scheme].needs_base else None
+    p = make_plan(scheme, everything(scheme), base, independent_weight_decay=independent)
     assert {entry.spec.role for entry in p.params.values()} == set(Role)
     assert {op.site.kind for op in p.ops.values()} == set(OpKind)
     for entry in p.stored.values():
@@ -74,9 +95,9 @@ def test_a_scheme_answers_every_role_and_every_kind_of_site(scheme, independent)
 @every_scheme
 def test_every_scheme_gives_a_kind_of_site_the_same_quantities(scheme):
     """Models read op numbers by name, so that a scheme may not leave one out."""
-    base = everything() if SCHEMES[scheme].needs_base else None
-    ops = make_plan(scheme, everything(), base).ops
-    for name, reference in make_plan("sp", everything()).ops.items():
+    base = everything(scheme) if SCHEMES[scheme].needs_base else None
+    ops = make_plan(scheme, everything(scheme), base).ops
+    for name, reference in make_plan("sp", everything("sp")).ops.items():
         assert set(ops[name].values) == set(reference.values), name
 
 
@@ -104,7 +125,9 @@ def test_every_choice_of_an_option_moves_some_number(scheme):
         for name, choice in option.choices.items():
             assert choice.doc
             assert choice.source
-            moved = plan(scheme).diff(plan(scheme, options={option.name: name}))
+            moved = plan(scheme, num_layers=4, base_layers=2).diff(
+                plan(scheme, num_layers=4, base_layers=2, options={option.name: name})
+            )
             assert bool(moved) == (name != option.default), (option.name, name)
 
 
@@ -132,7 +155,7 @@ def test_norms_and_biases_do_not_decay(scheme):
         ({"options": {"depth_cuont": "L"}}, "no option 'depth_cuont'; did you mean 'depth_count'"),
         ({"options": {"embedding_lr": "constnat"}}, "unknown choice 'constnat'; did you mean 'constant'"),
         ({"scheme": "sp", "options": {"depth_count": "L"}}, "no option 'depth_count'; it has none"),
-        ({"optimizer": "adamv"}, "unknown optimizer 'adamv'; did you mean 'adamw'"),
+        ({"optimizer": "adamv"}, "unknown optimizer 'adamv'; did you mean 'adam'"),
         ({"scheme": "mup"}, "'mup' needs a base shape; write base"),
         ({"base": network()}, "'umup' is absolute and takes no base shape; remove it"),
         ({"scheme": "sp", "base": network()}, "'sp' is absolute"),
@@ -157,7 +180,7 @@ def test_a_table_that_does_not_answer_is_an_error(part, monkeypatch):
 
 @every_plan
 def test_a_plan_survives_json(scheme, family, dropout):
-    p = plan(scheme, family, dropout=dropout, hparams={SCHEMES[scheme].hparams[0].name: 0.7})
+    p = plan(scheme, family, dropout=dropout, hparams={h.name: 0.7 for h in SCHEMES[scheme].hparams[:1]})
     assert Plan.from_json(p.to_json()) == p
     assert Plan.from_json(p.fold().to_json()) == p.fold()
 

@@ -13,15 +13,16 @@ from umup.rules.precision import PRODUCT_ROLES, RECIPES, SIDE, find_recipe, prod
 from umup.rules.roles import Role
 from umup.rules.schemes import SCHEMES
 
-BASE = {"hidden_size": 32}
+BASE = {"hidden_size": 32, "num_layers": 2}
 
 
 def config_of(scheme="umup", model=None, **precision):
     sizes = {"hidden_size": 64, "num_layers": 2, "head_dim": 16, "num_kv_heads": 2, "max_seq_len": 32}
     base = BASE if SCHEMES[scheme].needs_base else None
+    placement = {"norm_placement": SCHEMES[scheme].norm_placement}
     return parse_config(
         {
-            "model": sizes | (model or {}),
+            "model": sizes | placement | (model or {}),
             "parametrization": {"scheme": scheme, "base": base},
             "precision": precision,
         }
@@ -192,12 +193,13 @@ def test_an_override_that_cannot_be_meant_is_refused(overrides, message):
 NOT_UNIT_SCALED = [name for name, table in SCHEMES.items() if not table.unit_scaled]
 
 
-def test_the_unit_scaled_schemes_are_those_whose_matrices_start_at_one():
+def test_the_unit_scaled_schemes_are_those_whose_matrices_and_gradients_start_at_one():
     assert "umup" not in NOT_UNIT_SCALED
     for name, table in SCHEMES.items():
         plan = plan_for(config_of(name))
         stds = {p["init_std"] for p in plan.stored.values() if p.spec.role in PRODUCT_ROLES}
-        assert (stds == {1.0}) == table.unit_scaled, name
+        gradient_at_logits = plan.ops["loss"]["grad"]
+        assert (stds == {1.0} and gradient_at_logits > 1) == table.unit_scaled, name
 
 
 @pytest.mark.parametrize("scales", ["static", "monitor", "adapt"])

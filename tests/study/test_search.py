@@ -275,8 +275,8 @@ def test_transfer_moves_the_width_and_copies_the_rate(scheme):
     assert (target.model.hidden_size, target.model.head_dim, target.optimizer.lr) == (128, 16, 0.25)
     assert moves(transfer)["model.hidden_size"] == (32, 128)
     rule = next(m.rule for m in transfer.moved if m.field == "optimizer.lr")
-    assert ("has no width rule" in rule) == (scheme == "sp")
-    if scheme == "mup":
+    assert ("has no width rule" in rule) == (scheme in ("sp", "ntp", "unit"))
+    if SCHEMES[scheme].needs_base:
         assert target.parametrization.base.hidden_size == 32
         assert moves(transfer)["parametrization.base"] == (None, 32)
     else:

@@ -39,6 +39,8 @@ class ModelConfig(Section):
     """token ids the model knows"""
     max_seq_len: Annotated[int, Field(gt=1)] = 256
     """context length; also the training length that fixes u-muP's attention scale"""
+    norm_placement: Literal["pre", "res_post"] = "pre"
+    """where a block normalises: its input, or its output before it joins the stream (scheme mus)"""
     norm_gain: bool | None = None
     """trainable norm gains (and biases); default: the family's"""
     tie_embeddings: bool | None = None
@@ -57,7 +59,7 @@ class BaseShape(Section):
     hidden_size: Positive
     """width at which hyperparameters were tuned"""
     num_layers: Positive | None = None
-    """depth at which they were tuned; recorded, since no scheme here has a relative depth rule"""
+    """depth at which they were tuned; schemes with a depth rule need it, the others record it"""
     head_dim: Positive | None = None
     """head size there"""
     num_kv_heads: Positive | None = None
@@ -70,7 +72,7 @@ class ParametrizationConfig(Section):
     """The rules table to apply."""
 
     scheme: str = "umup"
-    """parametrization: sp, mup, umup, ... (a table of rules/schemes.py)"""
+    """parametrization: sp, mup, umup, completep, ... (`umup rules` lists them)"""
     hparams: dict[str, float] = Field(default_factory=dict)
     """the scheme's multipliers that differ from their defaults"""
     options: dict[str, str] = Field(default_factory=dict)
@@ -80,22 +82,22 @@ class ParametrizationConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW and its numbers at the plan's factor 1."""
+    """The optimizer and its numbers at the plan's factor 1."""
 
     name: str = "adamw"
-    """optimizer: a row of rules/optimizers.py"""
+    """adamw, adam, nadam, radam, sgd or adafactor; `umup explain` knows more (`umup rules` lists them)"""
     lr: Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)] = 1.0
     """peak learning rate; the plan multiplies it per parameter"""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
-    """decay of Adam's first and second moments"""
-    eps: Annotated[float, Field(gt=0, lt=1)] = 1e-8
-    """Adam's epsilon; the plan multiplies it per parameter"""
+    """decay of Adam's first and second moments; SGD's momentum is the first"""
+    eps: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """epsilon, which the plan multiplies per parameter; default: torch's for the optimizer (Adam's 1e-8)"""
     weight_decay: NonNegative = 0.0
     """weight decay of matrices; norms and biases have none"""
     independent_weight_decay: bool = True
     """true: w *= 1 - wd * lr_t/lr_peak; false: torch's w *= 1 - lr_t * wd"""
     state_dtype: Literal["fp32", "bf16"] = "fp32"
-    """dtype of Adam's two moments; bf16 halves their memory and is rounded stochastically"""
+    """dtype of AdamW's two moments; bf16 halves their memory and is rounded stochastically"""
     master_dtype: Literal["fp32", "bf16"] = "fp32"
     """dtype of the parameters and their gradients; bf16 halves them and is rounded stochastically"""
 

@@ -166,6 +166,7 @@ class _Parts:
             self.linear(f"{name}.v", s.hidden_size, s.kv_size),
             Attention(op["logits"], op["output"], s.dropout),
             self.linear(f"{name}.out", s.hidden_size, s.hidden_size),
+            s.norm_placement == "res_post",
             self.dropout(name),
             self.residual(name),
         )
@@ -175,7 +176,7 @@ class _Parts:
         op = self.plan.ops[f"{name}.act"]
         norm, up = self.norm(f"{name}.norm"), self.linear(f"{name}.up", s.hidden_size, s.intermediate_size)
         down = self.linear(f"{name}.down", s.intermediate_size, s.hidden_size)
-        tail = (down, self.dropout(name), self.residual(name))
+        tail = (down, s.norm_placement == "res_post", self.dropout(name), self.residual(name))
         if s.family.activation != "gated_silu":
             activation = partial(ACTIVATIONS[s.family.activation], mult=op["mult"], output=op["output"])
             return MLP(norm, up, activation, *tail)

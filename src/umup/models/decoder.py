@@ -4,6 +4,7 @@ Modules receive their parts built (build.py); nothing here reads a config, a tab
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,26 @@ from umup.ops.rotary_projection import rotary_projection
 Activation = Callable[[Tensor], Tensor]
 
 
-class SelfAttention(nn.Module):
-    """norm -> q, k, v -> causal attention -> out, as one residual branch."""
+class Branch(nn.Module):
+    """One residual branch: norm, then what a subclass does `inside`; the norm comes last where `norm_last`."""
+
+    def __init__(self, norm: nn.Module, norm_last: bool, dropout: nn.Module, residual: Residual) -> None:
+        super().__init__()
+        self.norm, self.norm_last, self.dropout, self.residual = norm, norm_last, dropout, residual
+
+    def forward(self, x: Tensor, *context: Any) -> Tensor:
+        """(B, S, C) -> (B, S, C)."""
+        x, skip = self.residual.split(x)
+        out = self.norm(self.inside(x, *context)) if self.norm_last else self.inside(self.norm(x), *context)
+        return self.residual.add(self.dropout(out), skip)
+
+    def inside(self, x: Tensor, *context: Any) -> Tensor:
+        """(B, S, C) -> (B, S, C)."""
+        raise NotImplementedError
+
+
+class SelfAttention(Branch):
+    """q, k, v -> causal attention -> out."""
 
     def __init__(
         self,
@@ -34,21 +53,20 @@ class SelfAttention(nn.Module):
         v: Linear,
         sdpa: Attention,
         out: Linear,
+        norm_last: bool,
         dropout: nn.Module,
         residual: Residual,
     ) -> None:
-        super().__init__()
+        super().__init__(norm, norm_last, dropout, residual)
         self.layer, self.head_dim = layer, head_dim
-        self.norm, self.q, self.k, self.v, self.sdpa, self.out = norm, q, k, v, sdpa, out
+        self.q, self.k, self.v, self.sdpa, self.out = q, k, v, sdpa, out
         share_matmul(q, k, v)
-        self.dropout, self.residual = dropout, residual
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
-        """(B, S, C) -> (B, S, C)."""
-        x, skip = self.residual.split(x)
-        q, k, v = self._project(self.norm(x), rotation, cache)
-        out = self.sdpa(q, k, v).transpose(-3, -2).flatten(-2)
-        return self.residual.add(self.dropout(self.out(out)), skip)
+    def inside(self, x: Tensor, *context: Any) -> Tensor:
+        """`context`: the rotation's tables (or None) and the cache (or None)."""
+        q, k, v = self._project(x, *context)
+        out: Tensor = self.out(self.sdpa(q, k, v).transpose(-3, -2).flatten(-2))
+        return out
 
     def _project(
         self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, cache: Cache | None
@@ -78,24 +96,30 @@ class SelfAttention(nn.Module):
         return x.view(*x.shape[:-1], -1, self.head_dim).transpose(-3, -2)
 
 
-class MLP(nn.Module):
-    """norm -> up -> activation -> down, as one residual branch."""
+class MLP(Branch):
+    """up -> activation -> down."""
 
     def __init__(
-        self, norm: nn.Module, up: Linear, act: Activation, down: Linear, dropout: nn.Module, residual: Residual
+        self,
+        norm: nn.Module,
+        up: Linear,
+        act: Activation,
+        down: Linear,
+        norm_last: bool,
+        dropout: nn.Module,
+        residual: Residual,
     ) -> None:
-        super().__init__()
-        self.norm, self.up, self.act, self.down = norm, up, act, down
-        self.dropout, self.residual = dropout, residual
+        super().__init__(norm, norm_last, dropout, residual)
+        self.up, self.act, self.down = up, act, down
 
-    def forward(self, x: Tensor) -> Tensor:
+    def inside(self, x: Tensor, *context: Any) -> Tensor:
         """(B, S, C) -> (B, S, C)."""
-        x, skip = self.residual.split(x)
-        return self.residual.add(self.dropout(self.down(self.act(self.up(self.norm(x))))), skip)
+        out: Tensor = self.down(self.act(self.up(x)))
+        return out
 
 
-class GatedMLP(nn.Module):
-    """norm -> gate, up -> gated SiLU -> down, as one residual branch.
+class GatedMLP(Branch):
+    """gate, up -> gated SiLU -> down.
 
     act: the activation's (mult, output). `compact`: where the products are in FP8, keep gate and up in E4M3 too.
     """
@@ -107,19 +131,14 @@ class GatedMLP(nn.Module):
         up: Linear,
         act: tuple[float, float],
         down: Linear,
+        norm_last: bool,
         dropout: nn.Module,
         residual: Residual,
     ) -> None:
-        super().__init__()
-        self.norm, self.gate, self.up, self.act, self.down = norm, gate, up, act, down
+        super().__init__(norm, norm_last, dropout, residual)
+        self.gate, self.up, self.act, self.down = gate, up, act, down
         share_matmul(gate, up)
         self.compact = False
-        self.dropout, self.residual = dropout, residual
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, S, C) -> (B, S, C)."""
-        x, skip = self.residual.split(x)
-        return self.residual.add(self.dropout(self._inside(self.norm(x))), skip)
 
     @property
     def segment(self) -> tuple[StaticMatmul, StaticMatmul] | None:
@@ -136,7 +155,7 @@ class GatedMLP(nn.Module):
             return first, last
         return None
 
-    def _inside(self, x: Tensor) -> Tensor:
+    def inside(self, x: Tensor, *context: Any) -> Tensor:
         """gate, up, activation, down: in FP8 as one segment where that can be, else one after another."""
         if (segment := self.segment) is not None and _trains_in_tiles(x):
             first, last = segment

@@ -8,15 +8,36 @@ themselves; tables and counters, which are a millionth of the rest.
 """
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
 from umup.config.sections import RunConfig
+from umup.errors import ConfigError
 from umup.models.specs import plan_for, products_for
 from umup.rules.explain import table
 
 BYTES = {"fp32": 4, "bf16": 2, "E4M3": 1, "E5M2": 1}
 LAYOUTS = 2
+
+Elements = Callable[[tuple[int, ...]], int]
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    return prod(shape[:-1]) if len(shape) > 1 else 0
+
+
+def _columns(shape: tuple[int, ...]) -> int:
+    return prod(shape[:-2]) * shape[-1] if len(shape) > 1 else 0
+
+
+ADAM: Mapping[str, Elements] = {"exp_avg": prod, "exp_avg_sq": prod}
+STATE: Mapping[str, Mapping[str, Elements]] = {
+    **dict.fromkeys(("adamw", "adam", "nadam", "radam"), ADAM),
+    "sgd": {"momentum_buffer": prod},
+    # Second moments of matrices are kept by row and by column (1804.04235).
+    "adafactor": {"row_var": _rows, "col_var": _columns, "variance": lambda s: 0 if len(s) > 1 else prod(s)},
+}
 GIB = 2**30
 
 
@@ -32,12 +53,17 @@ class MemoryRow:
 
 
 def memory_table(config: RunConfig) -> list[MemoryRow]:
-    """Components in the order of a step: parameters, their encoded copies, gradients, Adam's moments.
+    """Components in the order of a step: parameters, their encoded copies, gradients, the optimizer's state.
 
-    Raises ConfigError and PlanError as `plan_for` and `products_for` do.
+    Raises ConfigError and PlanError as `plan_for` and `products_for` do, and for optimizers that no run trains with.
     """
     plan = plan_for(config)
-    count = sum(prod(p.spec.shape) for p in plan.stored.values())
+    if config.optimizer.name not in STATE:
+        raise ConfigError(
+            f"optimizer.name: the memory of {config.optimizer.name!r} is not known here; known: {list(STATE)}"
+        )
+    shapes = [p.spec.shape for p in plan.stored.values()]
+    count = sum(map(prod, shapes))
     copies: Counter[str] = Counter()
     for product in products_for(config, plan).values():
         if product.forward is not None:
@@ -48,10 +74,9 @@ def memory_table(config: RunConfig) -> list[MemoryRow]:
         ("parameters", master, count),
         *(("weights of products", name, elements) for name, elements in copies.items()),
         ("gradients", master, count),
-        ("exp_avg", state, count),
-        ("exp_avg_sq", state, count),
+        *((entry, state, sum(map(elements, shapes))) for entry, elements in STATE[config.optimizer.name].items()),
     ]
-    sized = [(*part, part[2] * BYTES[part[1]]) for part in parts]
+    sized = [(*part, part[2] * BYTES[part[1]]) for part in parts if part[2]]
     return [MemoryRow(*part, part[-1] / count) for part in sized]
 
 

@@ -36,6 +36,7 @@ class Shape:
     intermediate_size: int
     vocab_size: int
     max_seq_len: int
+    norm_placement: str
     norm_gain: bool
     tied: bool
     rope_theta: float
@@ -66,6 +67,7 @@ def shape_of(model: ModelConfig) -> Shape:
         intermediate_size=inner,
         vocab_size=model.vocab_size,
         max_seq_len=model.max_seq_len,
+        norm_placement=model.norm_placement,
         norm_gain=row.norm_gain if model.norm_gain is None else model.norm_gain,
         tied=row.tied if model.tie_embeddings is None else model.tie_embeddings,
         rope_theta=model.rope_theta,
@@ -166,18 +168,37 @@ def decoder_sites(s: Shape) -> tuple[OpSite, ...]:
 
 def architecture(shape: Shape, tokens: int) -> Architecture:
     """The decoder as the rules see it; `tokens` is global, per optimizer step."""
-    sizes = Sizes(shape.num_layers, tokens, shape.max_seq_len, shape.head_dim, shape.vocab_size, shape.dropout)
+    sizes = Sizes(
+        num_layers=shape.num_layers,
+        tokens=tokens,
+        seq_len=shape.max_seq_len,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size,
+        dropout=shape.dropout,
+        norm_placement=shape.norm_placement,
+    )
     return Architecture(decoder_specs(shape), decoder_sites(shape), sizes)
+
+
+def base_architecture(shape: Shape, base: BaseShape, tokens: int) -> Architecture:
+    """The decoder at the base shape: all layers of the target at the base widths, and in its sizes the base's depth."""
+    found = architecture(base_shape_of(shape, base), tokens)
+    return replace(found, sizes=replace(found.sizes, num_layers=base.num_layers or shape.num_layers))
 
 
 def plan_for(config: RunConfig) -> Plan:
     """The plan of a run: its scheme's table applied to its model. Raises ConfigError and PlanError."""
     shape, p = shape_of(config.model), config.parametrization
+    if p.base is not None and p.base.num_layers is None and find_scheme(p.scheme).needs_base_depth:
+        raise ConfigError(
+            f"parametrization.base: scheme {p.scheme!r} is relative to a depth, too; write base.num_layers (that of the "
+            "model whose hyperparameters were tuned)"
+        )
     tokens = config.tokens_per_step
     return make_plan(
         p.scheme,
         architecture(shape, tokens),
-        None if p.base is None else architecture(base_shape_of(shape, p.base), tokens),
+        None if p.base is None else base_architecture(shape, p.base, tokens),
         optimizer=config.optimizer.name,
         independent_weight_decay=config.optimizer.independent_weight_decay,
         hparams=p.hparams,

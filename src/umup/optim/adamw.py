@@ -13,7 +13,7 @@ that resuming is exact and replicas agree. On CUDA a step is one Triton kernel p
 Not covered: amsgrad, maximize, sparse and complex gradients, learning rates that are tensors, DTensors.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from umup.config.sections import OptimizerConfig
+from umup.errors import ConfigError
 from umup.numerics.rounding import Key, noise, stochastic_bfloat16
 
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -33,13 +34,33 @@ BFLOAT16_STEP = 2.0**-7
 
 
 def make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The config's AdamW over `param_groups`: torch's own where all is float32.
+    """The config's optimizer over `param_groups`: torch's own where all is float32.
 
-    Parameters must already be of `master_dtype`.
+    Parameters must already be of `master_dtype`. Raises ConfigError for families that torch has no single class for,
+    and for bfloat16 moments or parameters of another optimizer than AdamW.
     """
+    if config.name not in TORCH:
+        raise ConfigError(
+            f"optimizer.name: a run trains with {', '.join(TORCH)}; {config.name!r} has rules (`umup explain`) for a "
+            "loop of your own (umup.plan)"
+        )
     if config.state_dtype == config.master_dtype == "fp32":
-        return torch.optim.AdamW(groups, betas=config.betas)
+        return TORCH[config.name](config, groups)
+    if config.name != "adamw":
+        raise ConfigError(
+            f"optimizer: state_dtype and master_dtype bf16 are AdamW's; write fp32 for both, or not {config.name!r}"
+        )
     return AdamW(groups, betas=config.betas, state_dtype=STATE_DTYPES[config.state_dtype])
+
+
+TORCH: Mapping[str, Callable[[OptimizerConfig, list[dict[str, Any]]], torch.optim.Optimizer]] = {
+    "adamw": lambda config, groups: torch.optim.AdamW(groups, betas=config.betas),
+    "adam": lambda config, groups: torch.optim.Adam(groups, betas=config.betas),
+    "nadam": lambda config, groups: torch.optim.NAdam(groups, betas=config.betas),
+    "radam": lambda config, groups: torch.optim.RAdam(groups, betas=config.betas),
+    "sgd": lambda config, groups: torch.optim.SGD(groups, momentum=config.betas[0]),
+    "adafactor": lambda config, groups: torch.optim.Adafactor(groups),
+}
 
 
 class AdamW(torch.optim.Optimizer):

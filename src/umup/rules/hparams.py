@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 
 from umup.errors import PlanError, did_you_mean
 from umup.rules.monomial import Monomial
-from umup.rules.roles import Role
+from umup.rules.opscales import OpRule
+from umup.rules.roles import OpKind, Role
 
 
 @dataclass(frozen=True)
 class HParam:
-    """A tunable number of a scheme; `low` and `high` bound a log-uniform search."""
+    """A tunable number of a scheme; `low` and `high` bound a log-uniform search, `largest` is the largest allowed."""
 
     name: str
     default: float
@@ -23,6 +24,7 @@ class HParam:
     transfers: str
     doc: str
     source: str
+    largest: float = 1e6
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,25 @@ class Cell:
     formula: Monomial
     source: str
 
+    def __mul__(self, other: "Cell") -> "Cell":
+        sources = self.source if other.source in self.source else f"{self.source}; {other.source}"
+        return Cell(self.formula * other.formula, sources)
+
 
 @dataclass(frozen=True)
 class Choice:
-    """One alternative of an option: a factor on `depth`, or cells that replace those of the table."""
+    """One alternative of an option: what it changes in the table.
+
+    `cells` replace cells; `on_residual` and `ops` replace the scheme's entries of that name; `depth_per_layer` is what
+    a layer counts in `depth`.
+    """
 
     doc: str
     source: str
     depth_per_layer: float = 1.0
     cells: Mapping[tuple[Role, str], Cell] = field(default_factory=dict)
+    on_residual: Mapping[str, Cell] = field(default_factory=dict)
+    ops: Mapping[OpKind, OpRule] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,12 +67,14 @@ class Option:
 def resolve_hparams(scheme: str, known: tuple[HParam, ...], given: Mapping[str, float]) -> dict[str, float]:
     """Defaults overlaid with what the user gave; an unknown name is a PlanError that names the nearest."""
     values = {h.name: h.default for h in known}
+    largest = {h.name: h.largest for h in known}
     for name, value in given.items():
         if name not in values:
             tail = did_you_mean(name, values)
             raise PlanError(f"parametrization.hparams: scheme {scheme!r} has no hyperparameter {name!r}; {tail}")
-        if not 1e-6 <= value <= 1e6:
-            raise PlanError(f"parametrization.hparams.{name}: must be a positive number, not {value} (1e-6 to 1e6)")
+        if not 1e-6 <= value <= largest[name]:
+            allowed = f"1e-6 to {largest[name]:g}"
+            raise PlanError(f"parametrization.hparams.{name}: must be a positive number, not {value} ({allowed})")
         values[name] = float(value)
     return values
 

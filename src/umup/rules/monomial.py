@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
 
-SIZES = ("fan_in", "fan_out", "depth", "tokens")
+SIZES = ("fan_in", "fan_out", "min_fan", "max_fan", "columns", "depth", "tokens")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,24 @@ class Monomial:
         for symbol, power in other.powers:
             powers[symbol] = powers.get(symbol, Fraction(0)) + power
         return Monomial(self.coefficient * other.coefficient, _normal(powers))
+
+    def __pow__(self, exponent: Fraction | int) -> "Monomial":
+        powers = {s: p * exponent for s, p in self.powers}
+        return Monomial(self.coefficient ** float(exponent), _normal(powers))
+
+    def substitute(self, formulas: Mapping[str, "Monomial"]) -> "Monomial":
+        """Every named symbol replaced by a formula."""
+        result = Monomial(self.coefficient)
+        for symbol, exponent in self.powers:
+            result = result * formulas.get(symbol, power(symbol)) ** exponent
+        return result
+
+    def variation(self, relative: bool) -> "Monomial":
+        """How it varies with the sizes: no coefficient, no hyperparameter; if `relative`, all sizes over their base."""
+        sizes = [(s, p) for s, p in self.powers if s.removeprefix("base_") in SIZES]
+        if not relative:
+            return Monomial(1.0, tuple(sizes))
+        return prod((ratio(s, p) for s, p in sizes if s in SIZES), start=Monomial())
 
     def evaluate(self, symbols: Mapping[str, float]) -> float:
         """The number, given every symbol's value; an unknown symbol is a KeyError."""

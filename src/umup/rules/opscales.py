@@ -35,11 +35,12 @@ class Value:
 
 @dataclass(frozen=True)
 class OpContext:
-    """What an op rule may look at: every site in execution order, sizes, depth, base head size, hyperparameters."""
+    """What an op rule may look at: every site in execution order, sizes, depths, base head size, hyperparameters."""
 
     sites: Sequence[OpSite]
     sizes: Sizes
     depth: float
+    base_depth: float
     base_head_dim: int
     hparams: Mapping[str, float]
 
@@ -120,6 +121,37 @@ def _mup_sdpa(site: OpSite, ctx: OpContext) -> dict[str, Value]:
     }
 
 
+def _inverse_sdpa(site: OpSite, ctx: OpContext) -> dict[str, Value]:
+    logits = Value(ctx.hparams["alpha_attn"] / ctx.sizes.head_dim, "alpha_attn/head_dim", "2203.03466 def. 4.1")
+    return {"logits": logits, "output": Value(1.0, "1", "plain")}
+
+
+def depth_residual(alpha: float, source: str) -> OpRule:
+    """Branches weigh (base_depth/depth)^alpha, the skip 1; gradients are exact."""
+
+    def rule(site: OpSite, ctx: OpContext) -> dict[str, Value]:
+        branch = Value((ctx.base_depth / ctx.depth) ** alpha, f"(base_depth/depth)^{alpha:g}", source)
+        return {**_plain_residual(site, ctx), "branch": branch, "branch_grad": branch}
+
+    return rule
+
+
+def _fixed_residual(site: OpSite, ctx: OpContext) -> dict[str, Value]:
+    tau, source = ctx.hparams["tau"], "2303.11257; 2502.05967"
+    branch, skip = Value(sqrt(tau), "sqrt(tau)", source), Value(sqrt(1 - tau), "sqrt(1-tau)", source)
+    # The branch's factor is delayed to its input, so that gradients inside stay unit.
+    return {"branch": branch, "skip": skip, "split_grad": branch, "branch_grad": Value(1.0, "1", source)}
+
+
+def _unit_sqrt_sdpa(site: OpSite, ctx: OpContext) -> dict[str, Value]:
+    d, s = ctx.sizes.head_dim, ctx.sizes.seq_len
+    scale = attention_scale(sqrt(d), d, s, ctx.sizes.dropout)
+    return {
+        "logits": Value(1 / sqrt(d), "1/sqrt(head_dim)", "1706.03762"),
+        "output": Value(scale, "sqrt(1-dropout)/interp(1/5, sqrt(ln(seq_len)/seq_len), 1)", UMUP_OPS),
+    }
+
+
 def _unit_sdpa(site: OpSite, ctx: OpContext) -> dict[str, Value]:
     mult, d, s = ctx.hparams["alpha_attn_softmax"], ctx.sizes.head_dim, ctx.sizes.seq_len
     return {
@@ -133,7 +165,7 @@ def _unit_sdpa(site: OpSite, ctx: OpContext) -> dict[str, Value]:
 
 
 def _unit_gated_silu(site: OpSite, ctx: OpContext) -> dict[str, Value]:
-    mult = ctx.hparams["alpha_ffn_act"]
+    mult = ctx.hparams.get("alpha_ffn_act", 1.0)
     return {
         "mult": Value(mult, "alpha_ffn_act", UMUP_OPS),
         "output": Value(gated_silu_scale(mult), "interp(1/(1+1/alpha_ffn_act^2), 2, sqrt(2))", UMUP_OPS),
@@ -141,7 +173,7 @@ def _unit_gated_silu(site: OpSite, ctx: OpContext) -> dict[str, Value]:
 
 
 def _unit_activation(site: OpSite, ctx: OpContext) -> dict[str, Value]:
-    mult = ctx.hparams["alpha_ffn_act"]
+    mult = ctx.hparams.get("alpha_ffn_act", 1.0)
     return {
         "mult": Value(mult, "alpha_ffn_act", UMUP_OPS),
         "output": Value(activation_scale(mult), "interp(1/(1+0.25/alpha_ffn_act^2), 2, sqrt(2/(1-1/pi)))", UMUP_OPS),
@@ -170,7 +202,7 @@ def _unit_dropout(site: OpSite, ctx: OpContext) -> dict[str, Value]:
 def _unit_loss(site: OpSite, ctx: OpContext) -> dict[str, Value]:
     v = ctx.sizes.vocab_size
     return {
-        "logits": Value(ctx.hparams["alpha_loss_softmax"], "alpha_loss_softmax", UMUP_OPS),
+        "logits": Value(ctx.hparams.get("alpha_loss_softmax", 1.0), "alpha_loss_softmax", UMUP_OPS),
         "grad": Value(v / sqrt(v - 1), "vocab_size/sqrt(vocab_size-1)", UMUP_OPS),
     }
 
@@ -188,6 +220,7 @@ SP_OPS: Mapping[OpKind, OpRule] = {
 }
 
 MUP_OPS: Mapping[OpKind, OpRule] = {**SP_OPS, OpKind.SDPA: _mup_sdpa}
+SPECTRAL_OPS: Mapping[OpKind, OpRule] = {**SP_OPS, OpKind.SDPA: _inverse_sdpa}
 
 UNIT_OPS: Mapping[OpKind, OpRule] = {
     OpKind.ADD: _unit_add,
@@ -200,3 +233,13 @@ UNIT_OPS: Mapping[OpKind, OpRule] = {
     OpKind.DROPOUT: _unit_dropout,
     OpKind.LOSS: _unit_loss,
 }
+
+# Unit scaling with one weight for all branches: the scheme's `tau`.
+FIXED_UNIT_OPS: Mapping[OpKind, OpRule] = {
+    **UNIT_OPS,
+    OpKind.SDPA: _unit_sqrt_sdpa,
+    OpKind.RESIDUAL_ATTN: _fixed_residual,
+    OpKind.RESIDUAL_MLP: _fixed_residual,
+}
+# With the norm at the branch's end, attention's own scale is undone by it.
+MUS_OPS: Mapping[OpKind, OpRule] = {**FIXED_UNIT_OPS, OpKind.SDPA: _sp_sdpa}

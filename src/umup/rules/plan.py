@@ -6,23 +6,25 @@ with the run as JSON. Names survive FSDP2, deepcopy and checkpoints, which attri
 
 The abc-symmetry: for any theta > 0, (multiplier/theta, init*theta, lr*theta) leaves an Adam run unchanged, given
 that epsilon moves with the gradient (eps/theta) and lr-coupled decay with the rate (/theta); powers of two leave it
-unchanged bit for bit (2407.17465 section 2.2; 2310.02244 app.). Clipping by a *global* norm is not invariant, because
+unchanged bit for bit (2407.17465 section 2.2; 2310.02244 app.). Under another optimizer the rate moves by another power
+(`Optimizer.under_shift`). Clipping by a *global* norm is not invariant, because
 parameters are measured in new units: `grad_clip` is a threshold on gradients in the units of the plan that trains.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from math import isclose
+from math import isclose, prod
 from typing import Any
 
 from umup.errors import PlanError
-from umup.rules.hparams import Cell, resolve_hparams, resolve_options
+from umup.rules.hparams import Cell, Choice, resolve_hparams, resolve_options
 from umup.rules.monomial import Monomial
-from umup.rules.opscales import OpContext, Value
+from umup.rules.opscales import OpContext, OpRule, Value
+from umup.rules.optimizers import ONE, Optimizer, convert
 from umup.rules.optimizers import optimizer as find_optimizer
 from umup.rules.roles import Architecture, OpKind, OpSite, ParamSpec, Role, Sizes
-from umup.rules.schemes import Row, Scheme
+from umup.rules.schemes import Scheme
 from umup.rules.schemes import scheme as find_scheme
 
 VERSION = 1
@@ -112,9 +114,10 @@ class Plan:
             if name not in self.stored:
                 raise PlanError(f"shift: the plan has no stored parameter {name!r}")
             rule, source = f"[shift {theta:g}]", "abc-symmetry"
-            storage = {"init_std": theta, "init_mean": theta, "lr": theta, "eps": 1 / theta}
+            moved = find_optimizer(self.optimizer).trains(params[name].spec).under_shift(theta)
+            storage = {"init_std": theta, "init_mean": theta, **moved}
             if not self.independent_weight_decay:
-                storage["weight_decay"] = 1 / theta
+                storage["weight_decay"] = 1 / moved["lr"]
             params[name] = params[name].scaled(storage, rule, source)
             for user, entry in params.items():
                 if name in (user, entry.spec.tied_to):
@@ -138,19 +141,23 @@ class Plan:
         """The same Adam run with every backward factor that of plain autograd.
 
         Unit scaling hands each parameter its true gradient times a constant G; Adam divides G out once epsilon is
-        divided by it. Raises PlanError where G is not one constant (tied uses that disagree).
+        divided by it, and other optimizers' rates make up for it. Raises PlanError where G is not one constant (tied
+        uses that disagree).
         """
+        family = find_optimizer(self.optimizer)
         gain = self._gradient_gains()
         params = {}
         for name, p in self.params.items():
             true = {q: Value(p["multiplier"], "multiplier", "exact gradient") for q in ("grad_input", "grad_weight")}
-            values = {**p.values, **true}
+            entry = replace(p, values={**p.values, **true})
             if p.spec.tied_to is None:
-                eps = p.values["eps"]
-                values["eps"] = Value(eps.number / gain[name], f"{eps.rule} [exact gradient]", eps.source)
+                moved = family.trains(p.spec).under_shift(1.0, 1 / gain[name])
+                if not self.independent_weight_decay:
+                    moved["weight_decay"] = 1 / moved["lr"]
+                entry = entry.scaled(moved, "[exact gradient]", "exact gradient")
             elif not isclose(gain[name], gain[p.spec.tied_to], rel_tol=1e-9):
                 raise PlanError(f"{name}: its gradient and that of {p.spec.tied_to} have different scales; cannot fold")
-            params[name] = replace(p, values=values)
+            params[name] = entry
         return replace(self, params=params, ops={name: self._exact_op(op) for name, op in self.ops.items()})
 
     def to_json(self) -> str:
@@ -221,85 +228,99 @@ def make_plan(
 ) -> Plan:
     """Apply a scheme's table to an architecture.
 
-    `base` is the architecture at the base shape (same names); schemes that are relative to one demand it.
+    `base` is the architecture at the base shape: the same names, so that a base of another depth is told by its `sizes`
+    alone. Schemes that are relative to a base demand it.
     Raises PlanError for unknown schemes, hyperparameters, options and optimizers, and for roles or sites that the
     table does not answer.
     """
     table = find_scheme(scheme)
-    if table.needs_base and base is None:
-        raise PlanError(f"parametrization.base: scheme {scheme!r} needs a base shape; write base: {{hidden_size: 256}}")
-    if base is not None and not table.needs_base:
-        raise PlanError(f"parametrization.base: scheme {scheme!r} is absolute and takes no base shape; remove it")
+    _check_shapes(table, architecture, base)
     chosen = resolve_options(scheme, table.options, options or {})
     numbers = resolve_hparams(scheme, table.hparams, hparams or {})
-    choices = [o.choices[chosen[o.name]] for o in table.options]
-    depth = float(architecture.sizes.num_layers)
-    overrides: dict[tuple[Role, str], Cell] = {}
-    for choice in choices:
-        depth *= choice.depth_per_layer
-        overrides.update(choice.cells)
-    column = find_optimizer(optimizer).column
+    for option in table.options:
+        table = _choose(table, option.choices[chosen[option.name]])
+    family = find_optimizer(optimizer)
+    per_layer = prod(o.choices[chosen[o.name]].depth_per_layer for o in table.options)
+    depth, base_depth = (a.sizes.num_layers * per_layer for a in (architecture, base or architecture))
     base_specs = {s.name: s for s in (base or architecture).params}
-    symbols = {**numbers, "depth": depth, "tokens": float(architecture.sizes.tokens)}
-    params = {
-        spec.name: _resolve_param(
-            table, spec, base_specs[spec.name], symbols, overrides, column, independent_weight_decay
-        )
-        for spec in architecture.params
-    }
-    context = OpContext(architecture.sites, architecture.sizes, depth, (base or architecture).sizes.head_dim, numbers)
+    symbols = {**numbers, "depth": depth, "base_depth": base_depth, "tokens": float(architecture.sizes.tokens)}
+    params = {}
+    for spec in architecture.params:
+        formulas = _formulas(table, spec, family.trains(spec), independent_weight_decay)
+        shapes = {**_sides(spec), **{f"base_{side}": n for side, n in _sides(base_specs[spec.name]).items()}}
+        values = {
+            quantity: Value(cell.formula.evaluate({**symbols, **shapes}), str(cell.formula), cell.source)
+            for quantity, cell in formulas.items()
+        }
+        params[spec.name] = ParamPlan(spec, values)
+    base_head_dim = (base or architecture).sizes.head_dim
+    context = OpContext(architecture.sites, architecture.sizes, depth, base_depth, base_head_dim, numbers)
     ops = {site.name: OpPlan(site, _op_rule(table, site.kind)(site, context)) for site in architecture.sites}
     return Plan(scheme, optimizer, independent_weight_decay, numbers, chosen, architecture.sizes, params, ops)
 
 
-def _op_rule(table: Scheme, kind: OpKind) -> Any:
+def _check_shapes(table: Scheme, architecture: Architecture, base: Architecture | None) -> None:
+    if table.needs_base and base is None:
+        raise PlanError(
+            f"parametrization.base: scheme {table.name!r} needs a base shape; write base: {{hidden_size: 256}}"
+        )
+    if base is not None and not table.needs_base:
+        raise PlanError(f"parametrization.base: scheme {table.name!r} is absolute and takes no base shape; remove it")
+    placed = architecture.sizes.norm_placement
+    if placed != table.norm_placement:
+        raise PlanError(
+            f"scheme {table.name!r} is made for blocks of norm_placement {table.norm_placement!r} and this model's is "
+            f"{placed!r}; write model.norm_placement: {table.norm_placement}"
+        )
+
+
+def _choose(table: Scheme, choice: Choice) -> Scheme:
+    """The table with a choice's changes."""
+    rows = {
+        role: {**row, **{q: cell for (changed, q), cell in choice.cells.items() if changed is role}}
+        for role, row in table.rows.items()
+    }
+    on_residual = {**table.on_residual, **choice.on_residual}
+    return replace(table, rows=rows, on_residual=on_residual, ops={**table.ops, **choice.ops})
+
+
+def _op_rule(table: Scheme, kind: OpKind) -> OpRule:
     if kind not in table.ops:
         raise PlanError(f"scheme {table.name!r} has no rule for {kind} sites")
     return table.ops[kind]
 
 
-def _cells(row: Row, column: str, independent: bool) -> dict[str, Cell]:
-    return {
-        "init_std": row.init_std,
-        "init_mean": row.init_mean,
-        "multiplier": row.multiplier,
-        "grad_input": row.grad_input or row.multiplier,
-        "grad_weight": row.grad_weight or row.multiplier,
-        "lr": row.lr[column],
-        "eps": row.eps[column],
-        "weight_decay": row.decay_independent if independent else row.decay_coupled,
-    }
+def _sides(spec: ParamSpec) -> dict[str, float]:
+    fans = (float(spec.fan_in), float(spec.fan_out))
+    columns = float(spec.shape[-1]) if spec.shape else 1.0
+    return {"fan_in": fans[0], "fan_out": fans[1], "min_fan": min(fans), "max_fan": max(fans), "columns": columns}
 
 
-def _resolve_param(
-    table: Scheme,
-    spec: ParamSpec,
-    base: ParamSpec,
-    symbols: Mapping[str, float],
-    overrides: Mapping[tuple[Role, str], Cell],
-    column: str,
-    independent: bool,
-) -> ParamPlan:
+def _formulas(table: Scheme, spec: ParamSpec, family: Optimizer, independent: bool) -> dict[str, Cell]:
+    """Quantity -> formula for one parameter under one optimizer family; a tied use has only what happens there."""
     if spec.role not in table.rows:
-        raise PlanError(f"scheme {table.name!r} has no row for role {spec.role} (parameter {spec.name})")
-    shapes = {"fan_in": spec.fan_in, "fan_out": spec.fan_out, "base_fan_in": base.fan_in, "base_fan_out": base.fan_out}
-    cells = _cells(table.rows[spec.role], column, independent)
-    for quantity in ("lr", "eps"):
-        cells[quantity] = overrides.get((spec.role, f"{quantity}.{column}"), cells[quantity])
-    if (spec.role, "multiplier") in overrides:
-        cells["multiplier"] = overrides[spec.role, "multiplier"]
-        cells["grad_input"] = cells["multiplier"]
+        raise PlanError(f"scheme {table.name!r} has no rule for role {spec.role} (parameter {spec.name})")
+    row = dict(table.rows[spec.role])
+    if spec.on_residual:
+        row |= {q: row[q] * extra for q, extra in table.on_residual.items()}
+    uses = {q: row.get(q, row["multiplier"]) for q in USE_QUANTITIES}
     if spec.tied_to is not None:
-        cells = {q: cells[q] for q in USE_QUANTITIES}
-    values = {}
-    for quantity, cell in cells.items():
-        formula: Monomial = cell.formula
-        source = cell.source
-        extra = table.on_residual.get(f"{quantity}.{column}")
-        if spec.on_residual and extra is not None:
-            formula, source = formula * extra.formula, f"{source}; {extra.source}"
-        values[quantity] = Value(formula.evaluate({**symbols, **shapes}), str(formula), source)
-    return ParamPlan(spec, values)
+        return uses
+
+    def converted(formula: Monomial) -> Cell:
+        if table.one_rate:
+            return Cell(ONE, "one rate for all")
+        found = convert(formula, row["grad"].formula, row["init_std"].formula, table.needs_base)
+        return Cell(found, f"{row['grad'].source}; {family.source}")
+
+    factor = converted(family.lr)
+    lr = row["lr"] if factor.formula == ONE else row["lr"] * factor
+    # Decoupled decay acts through the rate: what the family adds to that is taken out of the coupled factor.
+    coupled = Cell(row["decay_coupled"].formula * factor.formula**-1, row["decay_coupled"].source)
+    decay = row["decay_independent"] if independent else coupled
+    eps = Cell(ONE, f"{family.name} has no epsilon") if family.eps is None else converted(family.eps)
+    initial = {"init_std": row["init_std"], "init_mean": row["init_mean"]}
+    return {**initial, **uses, "lr": lr, "eps": eps, "weight_decay": decay}
 
 
 def _from_body(body: dict[str, Any]) -> Plan:

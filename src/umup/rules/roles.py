@@ -14,6 +14,7 @@ class Role(StrEnum):
 
     EMBEDDING = "embedding"  # fixed -> width, looked up by token
     POSITION = "position"  # fixed -> width, looked up by position
+    INPUT = "input"  # fixed -> width, a matrix or convolution (patches, features; depthwise kernels)
     HIDDEN = "hidden"  # width -> width
     HIDDEN_OUT = "hidden_out"  # width -> width, writing to the residual stream
     READOUT = "readout"  # width -> fixed
@@ -21,6 +22,7 @@ class Role(StrEnum):
     NORM_GAIN = "norm_gain"  # elementwise on width
     NORM_BIAS = "norm_bias"  # elementwise on width
     BIAS = "bias"  # added to a matrix product
+    SCALAR = "scalar"  # neither side grows
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class Sizes:
     """What the formulas may depend on besides a parameter's own shape.
 
     `num_layers` counts blocks. `tokens` is global, per optimizer step. `seq_len` is the training length: u-muP's
-    attention scale is fixed there, so that a KV cache decodes with the constant it was trained with.
+    attention scale is fixed there, so that a KV cache decodes with the constant it was trained with. `norm_placement`
+    says where a block normalises: "pre", its input, or "res_post", its output before it joins the stream.
     """
 
     num_layers: int
@@ -77,6 +80,7 @@ class Sizes:
     head_dim: int
     vocab_size: int
     dropout: float = 0.0
+    norm_placement: str = "pre"
 
 
 @dataclass(frozen=True)

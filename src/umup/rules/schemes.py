@@ -6,45 +6,50 @@ Quantities of a row (rows are read by plan.py; nothing else interprets them):
     multiplier            the forward factor on the parameter's product ("A" of abc)
     grad_input            backward factor towards the input; absent: the multiplier, i.e. the exact gradient
     grad_weight           backward factor towards the parameter; absent: the multiplier
-    lr, eps               factors on the optimizer's learning rate ("C") and epsilon, one cell per optimizer column
+    lr                    factor on Adam's learning rate ("C"): the size of an update's entries
+    grad                  size of an entry of the gradient: Adam's epsilon, and every other optimizer's rate, follow it
     decay_independent     factor on weight decay when `w *= 1 - wd * lr_t/lr_peak`
-    decay_coupled         factor on weight decay when `w *= 1 - lr_t * wd`
+    decay_coupled         factor on weight decay when `w *= 1 - lr_t * wd`, for Adam's lr
 
+Other optimizers need no column here: optimizers.py derives theirs from `lr`, `grad` and `init_std`.
 `on_residual` multiplies further factors into parameters that lie on a residual branch.
-Symbols: fan_in, fan_out, depth, tokens, base_fan_in, base_fan_out, and the scheme's hyperparameters by name.
+Symbols: fan_in, fan_out, min_fan, max_fan, depth, tokens, base_fan_in, ..., and the scheme's hyperparameters by name.
 `depth` is the number of layers times the depth_count option.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from umup.errors import PlanError, did_you_mean
 from umup.rules.hparams import Cell, Choice, HParam, Option
 from umup.rules.monomial import Monomial, constant, power, ratio
-from umup.rules.opscales import MUP_OPS, SP_OPS, UNIT_OPS, OpRule
+from umup.rules.opscales import (
+    FIXED_UNIT_OPS,
+    MUP_OPS,
+    MUS_OPS,
+    SP_OPS,
+    SPECTRAL_OPS,
+    UNIT_OPS,
+    OpRule,
+    depth_residual,
+)
 from umup.rules.roles import OpKind, Role
 
 ONE, ZERO = constant(1.0), constant(0.0)
 
 
-@dataclass(frozen=True)
-class Row:
-    """The cells of one role; a missing gradient cell means the exact gradient."""
-
-    init_std: Cell
-    multiplier: Cell
-    lr: Mapping[str, Cell]
-    eps: Mapping[str, Cell]
-    decay_independent: Cell
-    decay_coupled: Cell
-    init_mean: Cell = field(default=Cell(ZERO, "zero mean"))
-    grad_input: Cell | None = None
-    grad_weight: Cell | None = None
+Row = Mapping[str, Cell]
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A parametrization; a `unit_scaled` one keeps tensors near RMS 1, so that FP8 and FP16 need no measured scale."""
+    """A parametrization.
+
+    `one_rate`: every optimizer gives all parameters the same rate. `needs_base`: formulas are relative to a base shape;
+    `needs_base_depth`: to its depth, too. A `unit_scaled` one keeps tensors near RMS 1, so that FP8 and FP16 need no
+    measured scale, and works only with operations that carry its numbers. `norm_placement`: where blocks normalise.
+    """
 
     name: str
     title: str
@@ -53,8 +58,11 @@ class Scheme:
     ops: Mapping[OpKind, OpRule]
     hparams: tuple[HParam, ...] = ()
     options: tuple[Option, ...] = ()
+    one_rate: bool = False
     needs_base: bool = False
+    needs_base_depth: bool = False
     unit_scaled: bool = False
+    norm_placement: str = "pre"
     on_residual: Mapping[str, Cell] = field(default_factory=dict)
 
 
@@ -70,27 +78,30 @@ def _row(
     init_std: Monomial,
     multiplier: Monomial = ONE,
     lr: Monomial = ONE,
-    eps: Monomial = ONE,
+    grad: Monomial = ONE,
     decay: Monomial = ONE,
     decay_coupled: Monomial | None = None,
     init_mean: Monomial = ZERO,
-    grad_input: Monomial | None = None,
-    grad_weight: Monomial | None = None,
+    **gradients: Monomial,
 ) -> Row:
-    def cell(formula: Monomial) -> Cell:
-        return Cell(formula, source)
+    formulas = {
+        "init_std": init_std,
+        "init_mean": init_mean,
+        "multiplier": multiplier,
+        "lr": lr,
+        "grad": grad,
+        "decay_independent": decay,
+        "decay_coupled": decay if decay_coupled is None else decay_coupled,
+        **gradients,
+    }
+    return {quantity: Cell(formula, source) for quantity, formula in formulas.items()}
 
-    return Row(
-        init_std=cell(init_std),
-        multiplier=cell(multiplier),
-        lr={"adam": cell(lr)},
-        eps={"adam": cell(eps)},
-        decay_independent=cell(decay),
-        decay_coupled=cell(decay if decay_coupled is None else decay_coupled),
-        init_mean=cell(init_mean),
-        grad_input=None if grad_input is None else cell(grad_input),
-        grad_weight=None if grad_weight is None else cell(grad_weight),
-    )
+
+def _vectors(source: str, **cells: Monomial) -> dict[Role, Row]:
+    """Gains start at 1, biases at 0; none decays."""
+    bias = _row(source, ZERO, decay=ZERO, **cells)
+    gain = _row(source, ZERO, decay=ZERO, init_mean=ONE, **cells)
+    return {Role.NORM_GAIN: gain, Role.NORM_BIAS: bias, Role.BIAS: bias}
 
 
 # --- SP: GPT-2's standard parametrization ----------------------------------------------------------------------
@@ -98,8 +109,11 @@ def _row(
 GPT2 = "GPT-2 (Radford et al. 2019, section 2.3)"
 SIGMA = power("sigma_init")
 # Two branches per layer write to the stream: 1/sqrt(2L).
-SIGMA_OUT = SIGMA * Monomial(2**-0.5) * power("depth", "-1/2")
+HALF = Monomial(2**-0.5)
+SIGMA_OUT = SIGMA * HALF * power("depth", "-1/2")
 SIGMA_INIT = HParam("sigma_init", 0.02, 0.002, 0.2, "with muP: across width", "std of the initial weights", GPT2)
+
+_sp_matrix = _row(GPT2, SIGMA)
 
 SP = Scheme(
     name="sp",
@@ -107,28 +121,67 @@ SP = Scheme(
     source=GPT2,
     hparams=(SIGMA_INIT,),
     ops=SP_OPS,
+    one_rate=True,
     rows={
-        Role.EMBEDDING: _row(GPT2, SIGMA),
-        Role.POSITION: _row(GPT2, SIGMA),
-        Role.HIDDEN: _row(GPT2, SIGMA),
+        **dict.fromkeys((Role.EMBEDDING, Role.POSITION, Role.INPUT, Role.HIDDEN), _sp_matrix),
+        **dict.fromkeys((Role.READOUT, Role.TIED_READOUT, Role.SCALAR), _sp_matrix),
         Role.HIDDEN_OUT: _row(GPT2, SIGMA_OUT),
-        Role.READOUT: _row(GPT2, SIGMA),
-        Role.TIED_READOUT: _row(GPT2, SIGMA),
-        Role.NORM_GAIN: _row(GPT2, ZERO, init_mean=ONE, decay=ZERO),
-        Role.NORM_BIAS: _row(GPT2, ZERO, decay=ZERO),
-        Role.BIAS: _row(GPT2, ZERO, decay=ZERO),
+        **_vectors(GPT2),
+    },
+)
+
+# --- NTP: the neural tangent parametrization --------------------------------------------------------------------
+
+NTK = "1806.07572"
+INV_SQRT_IN = power("fan_in", "-1/2")
+
+_ntp_matrix = _row(NTK, ONE, INV_SQRT_IN)
+_ntp_table = _row(NTK, ONE)
+
+NTP = Scheme(
+    name="ntp",
+    title="neural tangent parametrization",
+    source=NTK,
+    ops=SP_OPS,
+    one_rate=True,
+    rows={
+        # A lookup reads one row: its product has one term, not fan_in.
+        **dict.fromkeys((Role.EMBEDDING, Role.POSITION, Role.SCALAR), _ntp_table),
+        **dict.fromkeys((Role.INPUT, Role.HIDDEN, Role.HIDDEN_OUT, Role.READOUT, Role.TIED_READOUT), _ntp_matrix),
+        **_vectors(NTK),
     },
 )
 
 # --- muP: Tensor Programs V, table 8 (table 3 is this plan folded) ---------------------------------------------
 
 TP5 = "2203.03466 table 8"
-# All gradients fall as 1/width, and Adam divides them out only where they are large against epsilon.
-TP5_EPS = {"in": ratio("fan_in", -1), "out": ratio("fan_out", -1)}
+# A gradient's entry: that of the output (1/fan_out inside the network, 1 at the logits) times the multiplier.
+PER_OUT, PER_IN = ratio("fan_out", -1), ratio("fan_in", -1)
+MUP_HPARAMS = (
+    SIGMA_INIT,
+    HParam("alpha_emb", 1.0, 0.1, 100.0, "across width", "multiplier of the embedding", "2203.03466 app. F.4"),
+    HParam("eta_emb", 1.0, 0.1, 10.0, "across width", "learning-rate factor of the embedding", "2407.17465"),
+    HParam("alpha_attn", 1.0, 0.25, 4.0, "across width", "multiplier of attention logits", "2203.03466 app. F.4"),
+    HParam("alpha_out", 1.0, 0.1, 10.0, "across width", "multiplier of the output logits", "2203.03466 app. F.4"),
+)
 
 
-def _mup_readout(init_std: Monomial) -> Row:
-    return _row(TP5, init_std, power("alpha_out") * ratio("fan_in", -1), eps=TP5_EPS["in"])
+def _mup_rows(sigma_out: Monomial) -> dict[Role, Row]:
+    def hidden(sigma: Monomial) -> Row:
+        std = sigma * ratio("fan_in", "-1/2")
+        return _row(TP5, std, lr=PER_IN, grad=PER_OUT, decay_coupled=ratio("fan_in"))
+
+    lookup = _row(TP5, SIGMA, power("alpha_emb"), lr=power("eta_emb"), grad=PER_OUT)
+    readout = _row(TP5, SIGMA, power("alpha_out") * PER_IN, grad=PER_IN)
+    return {
+        **dict.fromkeys((Role.EMBEDDING, Role.POSITION), lookup),
+        Role.INPUT: _row(TP5, SIGMA, grad=PER_OUT),
+        Role.HIDDEN: hidden(SIGMA),
+        Role.HIDDEN_OUT: hidden(sigma_out),
+        **dict.fromkeys((Role.READOUT, Role.TIED_READOUT), readout),
+        **_vectors(TP5, grad=PER_OUT),
+        Role.SCALAR: _row(TP5, SIGMA),
+    }
 
 
 MUP = Scheme(
@@ -137,35 +190,105 @@ MUP = Scheme(
     source="2203.03466",
     needs_base=True,
     ops=MUP_OPS,
-    hparams=(
-        SIGMA_INIT,
-        HParam("alpha_emb", 1.0, 0.1, 100.0, "across width", "multiplier of the embedding", "2203.03466 app. F.4"),
-        HParam("eta_emb", 1.0, 0.1, 10.0, "across width", "learning-rate factor of the embedding", "2407.17465"),
-        HParam("alpha_attn", 1.0, 0.25, 4.0, "across width", "multiplier of attention logits", "2203.03466 app. F.4"),
-        HParam("alpha_out", 1.0, 0.1, 10.0, "across width", "multiplier of the output logits", "2203.03466 app. F.4"),
+    hparams=MUP_HPARAMS,
+    rows=_mup_rows(SIGMA_OUT),
+)
+
+# --- muP with depth: residual branches shrink, so the initial weights keep the base's depth ---------------------
+
+TP6 = "2310.02244"
+COMPLETE = "2505.01618 table 1"
+DEPTH_ROWS = _mup_rows(SIGMA * HALF * power("base_depth", "-1/2"))
+
+
+def _depth_ops(alpha: float, source: str) -> dict[OpKind, OpRule]:
+    return dict.fromkeys((OpKind.RESIDUAL_ATTN, OpKind.RESIDUAL_MLP), depth_residual(alpha, source))
+
+
+DEPTH_MUP = Scheme(
+    name="depth_mup",
+    title="muP with branches and rates of 1/sqrt(depth)",
+    source=TP6,
+    needs_base=True,
+    needs_base_depth=True,
+    ops={**MUP_OPS, **_depth_ops(0.5, TP6)},
+    hparams=MUP_HPARAMS,
+    rows=DEPTH_ROWS,
+    on_residual={"lr": Cell(ratio("depth", "-1/2"), TP6), "grad": Cell(ratio("depth", "-1/2"), TP6)},
+)
+
+
+def _complete(alpha: str, doc: str) -> Choice:
+    a = Fraction(alpha)
+    fewer = Cell(ratio("depth", a - 1), COMPLETE)
+    return Choice(
+        doc,
+        COMPLETE,
+        # Coupled decay follows the rate by itself; in the table it has no depth factor of its own.
+        on_residual={"lr": fewer, "decay_independent": fewer, "grad": Cell(ratio("depth", -a), COMPLETE)},
+        ops=_depth_ops(float(a), COMPLETE),
+    )
+
+
+COMPLETEP = Scheme(
+    name="completep",
+    title="CompleteP: muP with branches of depth^-alpha and rates of depth^(alpha-1)",
+    source="2505.01618",
+    needs_base=True,
+    needs_base_depth=True,
+    ops=MUP_OPS,
+    hparams=MUP_HPARAMS,
+    rows=DEPTH_ROWS,
+    options=(
+        Option(
+            "depth_alpha",
+            "1",
+            {
+                "1": _complete("1", "branches of 1/depth: no layer becomes lazy"),
+                "0.5": _complete("1/2", "branches of 1/sqrt(depth); 2512.22382 finds that it transfers, too"),
+            },
+        ),
+        Option(
+            "embedding_eps",
+            "inv_width",
+            {
+                "inv_width": Choice("epsilon of the embedding falls with its gradient, 1/width", "2512.22382"),
+                "constant": Choice(
+                    "epsilon of the embedding stays, which fails a coordinate check where epsilon matters",
+                    "2505.01618, released code, according to 2512.22382",
+                    cells={
+                        (role, "grad"): Cell(ONE, "2505.01618, released code")
+                        for role in (Role.EMBEDDING, Role.POSITION)
+                    },
+                ),
+            },
+        ),
     ),
+)
+
+# --- spectral: initial weights and updates of spectral norm sqrt(fan_out/fan_in), without a base ----------------
+
+NORMS = "2310.17813"
+# std/sqrt(fan_in) * min(1, sqrt(fan_out/fan_in)): what a random matrix needs for that norm.
+SPECTRAL_STD = power("min_fan", "1/2") * power("fan_in", -1)
+_spectral_matrix = _row(
+    NORMS, SPECTRAL_STD, lr=power("fan_in", -1), grad=power("fan_out", -1), decay_coupled=power("fan_in")
+)
+_spectral_table = _row(NORMS, ONE, grad=power("fan_out", -1))
+
+SPECTRAL = Scheme(
+    name="spectral",
+    title="spectral condition: muP without a base shape",
+    source=NORMS,
+    ops=SPECTRAL_OPS,
+    hparams=(HParam("alpha_attn", 1.0, 0.25, 16.0, "across width", "multiplier of attention logits", "2203.03466"),),
     rows={
-        Role.EMBEDDING: _row(TP5, SIGMA, power("alpha_emb"), lr=power("eta_emb"), eps=TP5_EPS["out"]),
-        Role.POSITION: _row(TP5, SIGMA, power("alpha_emb"), lr=power("eta_emb"), eps=TP5_EPS["out"]),
-        Role.HIDDEN: _row(
-            TP5,
-            SIGMA * ratio("fan_in", "-1/2"),
-            lr=ratio("fan_in", -1),
-            eps=TP5_EPS["in"],
-            decay_coupled=ratio("fan_in"),
-        ),
-        Role.HIDDEN_OUT: _row(
-            TP5,
-            SIGMA_OUT * ratio("fan_in", "-1/2"),
-            lr=ratio("fan_in", -1),
-            eps=TP5_EPS["in"],
-            decay_coupled=ratio("fan_in"),
-        ),
-        Role.READOUT: _mup_readout(SIGMA),
-        Role.TIED_READOUT: _mup_readout(SIGMA),
-        Role.NORM_GAIN: _row(TP5, ZERO, eps=TP5_EPS["out"], init_mean=ONE, decay=ZERO),
-        Role.NORM_BIAS: _row(TP5, ZERO, eps=TP5_EPS["out"], decay=ZERO),
-        Role.BIAS: _row(TP5, ZERO, eps=TP5_EPS["out"], decay=ZERO),
+        **dict.fromkeys((Role.EMBEDDING, Role.POSITION), _spectral_table),
+        **dict.fromkeys((Role.INPUT, Role.HIDDEN, Role.HIDDEN_OUT, Role.READOUT), _spectral_matrix),
+        # The embedding's entries have size 1: the factor does what the init does elsewhere.
+        Role.TIED_READOUT: _row(NORMS, ONE, SPECTRAL_STD),
+        **_vectors(NORMS, grad=power("fan_out", -1)),
+        Role.SCALAR: _row(NORMS, ONE),
     },
 )
 
@@ -173,20 +296,30 @@ MUP = Scheme(
 
 U = "2407.17465 abc table"
 U_GRAD = "2407.17465 app. B"
+UNIT_LIBRARY = "the unit-scaling library"
 PER_TOKEN = power("tokens", "-1/2")
 # Each row of a lookup table sees tokens/fan_in gradients.
 PER_LOOKUP = power("fan_in", "1/2") * PER_TOKEN
-INV_SQRT_IN = power("fan_in", "-1/2")
 
 
 def _alpha(name: str, doc: str) -> HParam:
     return HParam(name, 1.0, 0.125, 8.0, "across width, depth, batch and length (2407.17465)", doc, U)
 
 
+_unit_linear = {"grad_input": INV_SQRT_IN, "grad_weight": PER_TOKEN}
+_unit_cut = {"grad_input": power("fan_out", "-1/2"), "grad_weight": PER_TOKEN}
 _umup_lookup = _row(U, ONE, lr=power("fan_out", "-1/2"), grad_weight=PER_LOOKUP)
-_umup_hidden = _row(U, ONE, INV_SQRT_IN, lr=INV_SQRT_IN, grad_input=INV_SQRT_IN, grad_weight=PER_TOKEN)
+_umup_hidden = _row(U, ONE, INV_SQRT_IN, lr=INV_SQRT_IN, **_unit_linear)
 # A cut edge may scale its two directions differently; nothing else may.
-_umup_readout = _row(U, ONE, power("fan_in", -1), grad_input=power("fan_out", "-1/2"), grad_weight=PER_TOKEN)
+_umup_readout = _row(U, ONE, power("fan_in", -1), **_unit_cut)
+DEPTH_COUNT = Option(
+    "depth_count",
+    "L",
+    {
+        "L": Choice("depth counts layers", UNIT_LIBRARY),
+        "2L": Choice("depth counts branches", "the scaling library of Aleph Alpha, default", depth_per_layer=2.0),
+    },
+)
 
 UMUP = Scheme(
     name="umup",
@@ -202,16 +335,7 @@ UMUP = Scheme(
         _alpha("alpha_loss_softmax", "multiplier of the output logits"),
     ),
     options=(
-        Option(
-            "depth_count",
-            "L",
-            {
-                "L": Choice("depth counts layers", "the unit-scaling library"),
-                "2L": Choice(
-                    "depth counts branches", "the scaling library of Aleph Alpha, default", depth_per_layer=2.0
-                ),
-            },
-        ),
+        DEPTH_COUNT,
         Option(
             "embedding_lr",
             "inv_sqrt_fan_out",
@@ -220,10 +344,7 @@ UMUP = Scheme(
                 "constant": Choice(
                     "muP's rule; 2605.21486 finds that a large embedding rate is most of muP's benefit",
                     TP5,
-                    cells={
-                        (Role.EMBEDDING, "lr.adam"): Cell(ONE, TP5),
-                        (Role.POSITION, "lr.adam"): Cell(ONE, TP5),
-                    },
+                    cells={(role, "lr"): Cell(ONE, TP5) for role in (Role.EMBEDDING, Role.POSITION)},
                 ),
             },
         ),
@@ -234,24 +355,72 @@ UMUP = Scheme(
                 "one": Choice("biases are added after the multiplier, as in muP", TP5),
                 "inv_sqrt_fan_in": Choice(
                     "biases are added before the multiplier, so that their step shrinks with width",
-                    "the unit-scaling library",
-                    cells={(Role.BIAS, "multiplier"): Cell(INV_SQRT_IN, "the unit-scaling library")},
+                    UNIT_LIBRARY,
+                    cells={(Role.BIAS, "multiplier"): Cell(INV_SQRT_IN, UNIT_LIBRARY)},
                 ),
             },
         ),
     ),
-    on_residual={"lr.adam": Cell(power("depth", "-1/2"), "2407.17465 app. G; 2310.02244")},
+    on_residual={"lr": Cell(power("depth", "-1/2"), "2407.17465 app. G; 2310.02244")},
     rows={
-        Role.EMBEDDING: _umup_lookup,
-        Role.POSITION: _umup_lookup,
-        Role.HIDDEN: _umup_hidden,
-        Role.HIDDEN_OUT: _umup_hidden,
-        Role.READOUT: _umup_readout,
-        Role.TIED_READOUT: _umup_readout,
-        Role.NORM_GAIN: _row(U_GRAD, ZERO, init_mean=ONE, decay=ZERO, grad_weight=PER_TOKEN),
-        Role.NORM_BIAS: _row(U_GRAD, ZERO, decay=ZERO, grad_weight=PER_TOKEN),
-        Role.BIAS: _row(U_GRAD, ZERO, decay=ZERO, grad_weight=PER_TOKEN),
+        **dict.fromkeys((Role.EMBEDDING, Role.POSITION), _umup_lookup),
+        # Of a fixed fan_in, whose share in the rate is the library's: every weight but the readout has it.
+        **dict.fromkeys((Role.INPUT, Role.HIDDEN, Role.HIDDEN_OUT), _umup_hidden),
+        **dict.fromkeys((Role.READOUT, Role.TIED_READOUT), _umup_readout),
+        **_vectors(U_GRAD, grad_weight=PER_TOKEN),
+        Role.SCALAR: _row(U_GRAD, ONE, grad_weight=PER_TOKEN),
     },
 )
 
-SCHEMES: Mapping[str, Scheme] = {s.name: s for s in (SP, MUP, UMUP)}
+# --- unit scaling alone, and with muP's rates for res-post-norm networks ----------------------------------------
+
+UNIT_SCALING = "2303.11257"
+MUNIT = "2502.05967"
+
+_unit_lookup = _row(UNIT_SCALING, ONE, grad_weight=PER_LOOKUP)
+_unit_hidden = _row(UNIT_SCALING, ONE, INV_SQRT_IN, **_unit_linear)
+_unit_readout = _row(UNIT_SCALING, ONE, INV_SQRT_IN, **_unit_cut)
+_unit_vectors = {
+    **_vectors(UNIT_SCALING, grad_weight=PER_TOKEN),
+    Role.SCALAR: _row(UNIT_SCALING, ONE, grad_weight=PER_TOKEN),
+}
+
+
+def _tau(default: float, doc: str, source: str) -> HParam:
+    return HParam("tau", default, 0.01, 0.9, doc, "share of a branch's variance in the stream", source, largest=0.999)
+
+
+UNIT = Scheme(
+    name="unit",
+    title="unit scaling, one rate for all parameters",
+    source=UNIT_SCALING,
+    unit_scaled=True,
+    one_rate=True,
+    ops=FIXED_UNIT_OPS,
+    hparams=(_tau(0.2, "does not: tuned per depth", UNIT_SCALING),),
+    rows={
+        **dict.fromkeys((Role.EMBEDDING, Role.POSITION), _unit_lookup),
+        **dict.fromkeys((Role.INPUT, Role.HIDDEN, Role.HIDDEN_OUT), _unit_hidden),
+        **dict.fromkeys((Role.READOUT, Role.TIED_READOUT), _unit_readout),
+        **_unit_vectors,
+    },
+)
+
+MUS = Scheme(
+    name="mus",
+    title="munit scaling: fixed residual weights and res-post-norm",
+    source=MUNIT,
+    unit_scaled=True,
+    norm_placement="res_post",
+    ops=MUS_OPS,
+    hparams=(_tau(0.4, "across width; falls with depth (0.4 at 4 layers)", MUNIT),),
+    rows={
+        **dict.fromkeys((Role.EMBEDDING, Role.POSITION), _row(MUNIT, ONE, grad_weight=PER_LOOKUP)),
+        **dict.fromkeys((Role.HIDDEN, Role.HIDDEN_OUT), _row(MUNIT, ONE, INV_SQRT_IN, lr=INV_SQRT_IN, **_unit_linear)),
+        Role.INPUT: _row(MUNIT, ONE, INV_SQRT_IN, **_unit_linear),
+        **dict.fromkeys((Role.READOUT, Role.TIED_READOUT), _row(MUNIT, ONE, power("fan_in", -1), **_unit_cut)),
+        **_unit_vectors,
+    },
+)
+
+SCHEMES: Mapping[str, Scheme] = {s.name: s for s in (SP, NTP, MUP, UMUP, UNIT, DEPTH_MUP, COMPLETEP, MUS, SPECTRAL)}

@@ -82,15 +82,8 @@ def transfer_width(proxy: RunConfig, lr: float, hidden_size: int) -> Transfer:
 
 
 def _rate_rule(proxy: RunConfig) -> str:
-    title = find_scheme(proxy.parametrization.scheme).title
-    return (
-        f"copied: {title} scales it per parameter" if _has_width_rule(proxy) else f"copied: {title} has no width rule"
-    )
-
-
-def _has_width_rule(config: RunConfig) -> bool:
-    rows = find_scheme(config.parametrization.scheme).rows.values()
-    return any("fan" in str(cell.formula) for row in rows for cell in row.lr.values())
+    scheme = find_scheme(proxy.parametrization.scheme)
+    return f"copied: {scheme.title} " + ("has no width rule" if scheme.one_rate else "scales it per parameter")
 
 
 @dataclass(frozen=True)
