@@ -11,8 +11,8 @@ both operands contiguous along the contraction, hence weights in two layouts, an
 gradient.
 
 Sides of W must be multiples of 16 and are refused otherwise, on every backend; token counts are padded with zeros.
-Accumulation: `fast` keeps partial sums in the tensor core's short accumulator. It is used for the forward product
-alone: the others sum over the vocabulary or over all tokens, where it loses bits, and slow accumulation is as fast.
+No product uses the tensor core's fast, short accumulator, which loses bits: on a Hopper GPU at the power it trains at,
+slow accumulation is as fast (docs/log.md).
 """
 
 from typing import NamedTuple
@@ -90,12 +90,12 @@ def encode_gradient(grad: Tensor, formats: Formats, scales: Tensor) -> Tensor:
 
 def forward_product(x8: Tensor, row: Tensor, formats: Formats, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """(T, K) x (N, K) -> y (T, N)."""
-    return _scaled(x8, row, entry(scales, Y_DECODE), entry(scales, W_DECODE), dtype, formats.backend, fast=True)
+    return _scaled(x8, row, entry(scales, Y_DECODE), entry(scales, W_DECODE), dtype, formats.backend)
 
 
 def input_product(g8: Tensor, column: Tensor, formats: Formats, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """(T, N) x (K, N) -> dx (T, K)."""
-    return _scaled(g8, column, entry(scales, DX_DECODE), entry(scales, W_DECODE), dtype, formats.backend, fast=False)
+    return _scaled(g8, column, entry(scales, DX_DECODE), entry(scales, W_DECODE), dtype, formats.backend)
 
 
 def weight_product(g8: Tensor, x8: Tensor, formats: Formats, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -108,7 +108,7 @@ def weight_product(g8: Tensor, x8: Tensor, formats: Formats, scales: Tensor, dty
 
 def transposed_weight_product(g8t: Tensor, x8t: Tensor, formats: Formats, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """(N, T), (K, T) -> dW (N, K), for T a multiple of 16."""
-    return _scaled(g8t, x8t, entry(scales, DW_DECODE), entry(scales, X_DECODE), dtype, formats.backend, fast=False)
+    return _scaled(g8t, x8t, entry(scales, DW_DECODE), entry(scales, X_DECODE), dtype, formats.backend)
 
 
 def dynamic_input(x: Tensor, gemm: Gemm, scales: Tensor) -> Tensor:
@@ -158,9 +158,7 @@ def require_fp8(device: torch.device) -> None:
         )
 
 
-def _scaled(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, backend: str, fast: bool
-) -> Tensor:
+def _scaled(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """`scale_a * scale_b * a b^T` for a: (M, K), b: (N, K). The one place that calls torch's private FP8 product."""
     if b.element_size() == 1 and (a.shape[1] % ALIGNMENT or b.shape[0] % ALIGNMENT):
         raise ConfigError(
@@ -168,7 +166,7 @@ def _scaled(
             "this layer by precision.overrides {name: bf16}"
         )
     if backend == "scaled_mm":
-        return torch._scaled_mm(a, b.t(), scale_a, scale_b, out_dtype=dtype, use_fast_accum=fast)
+        return torch._scaled_mm(a, b.t(), scale_a, scale_b, out_dtype=dtype, use_fast_accum=False)
     # Products of 8-bit numbers are exact in float32; only their sum rounds.
     product = (a.float() @ b.float().t()) * (scale_a * scale_b)
     # Not `.to` alone: where it changes nothing, torch 2.11's compiler loses the gradient of the Function returning it.
