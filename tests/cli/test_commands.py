@@ -138,7 +138,7 @@ def loads_torch(*arguments):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["train", "--help"], ["generate", "--help"], ["explain", "CONFIG"], ["data", "CONFIG"]],
+    [["--help"], ["train", "--help"], ["generate", "--help"], ["rules"], ["explain", "CONFIG"], ["data", "CONFIG"]],
     ids=" ".join,
 )
 def test_what_needs_no_tensor_starts_without_torch(arguments, config):

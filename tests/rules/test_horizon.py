@@ -236,7 +236,7 @@ def test_every_quantity_has_one_entry_that_says_what_moved_it():
     assert [e.quantity for e in entries] == ["lr", "beta1", "beta2", "eps", "weight_decay"]
     assert [e.old for e in entries] == [1e-3, 0.9, 0.95, 1e-8, 0.1]
     assert [e.new for e in entries] == [after.lr, *after.betas, after.eps, after.weight_decay]
-    assert entries[0].formula == "sqrt(batch)/tokens^8/25"
+    assert entries[0].formula == "sqrt(batch)/tokens^(8/25)"
     assert [rule.name for rule in entries[0].rules] == ["sde", "power"]
     assert [rule.name for rule in entries[4].rules] == ["tpp", "sde", "power"]
     assert entries[0].evidence is Evidence.EMPIRICAL

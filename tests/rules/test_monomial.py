@@ -61,7 +61,7 @@ def test_powers_that_cancel_leave_nothing():
         (power("fan_in", "-1/2"), "1/sqrt(fan_in)"),
         (ratio("fan_in", -1), "base_fan_in/fan_in"),
         (ratio("fan_in", "-1/2"), "sqrt(base_fan_in)/sqrt(fan_in)"),
-        (power("depth", "3/4"), "depth^3/4"),
+        (power("depth", "3/4"), "depth^(3/4)"),
         (
             constant(2.0) * power("sigma_init") * power("depth", -1) * power("tokens", -2),
             "2*sigma_init/(depth*tokens^2)",

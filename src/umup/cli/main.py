@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train a config; goes on if the run directory holds a checkpoint",
     "generate": "text from a run",
     "data": "tokenize a config's corpus once into a cached memory map",
+    "rules": "schemes, hyperparameters, options, optimizers and horizon rules, with their sources",
     "explain": "the plan of a config: every number with its rule and source",
     "ranges": "what a run's FP8 scales saw, and which products to spare",
     "bench": "the speed table of this machine: BF16, FP8, peers where installed; or whether FP8 pays for a config",

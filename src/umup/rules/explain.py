@@ -1,30 +1,49 @@
 """A plan for human eyes: numbers by name, layers that agree collapsed, then every rule behind them with its source."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import TypeVar
 
 from umup.rules.opscales import Value
+from umup.rules.optimizers import optimizer as find_optimizer
 from umup.rules.plan import STORAGE_QUANTITIES, USE_QUANTITIES, Plan
 from umup.rules.precision import LAYER, Product
 
 T = TypeVar("T")
 COLUMNS = ("init_std", *USE_QUANTITIES, *(q for q in STORAGE_QUANTITIES if not q.startswith("init")))
+# Most of a column that is folded, least of the last one; tried in turn.
+ROOMS = ((120, 36), (60, 36), (48, 36), (40, 36), (34, 30), (28, 30), (28, 24), (22, 24), (20, 20), (16, 20))
+# After a comma or a factor, before a denominator; an exponent (8/25) stays whole.
+BREAKS = re.compile(r"(?<=,)|(?<=\*)(?!,)|(?=/[a-z(])")
 
 
 @dataclass(frozen=True)
 class ExplainRow:
-    """All numbers of a parameter or site; `name` stands for every layer where they hold."""
+    """All numbers of a parameter or site; `name` stands for every layer where they hold.
+
+    `trained_by` is a parameter's optimizer family; none trains a site or a tied use.
+    """
 
     name: str
     role: str
     values: Mapping[str, Value]
+    trained_by: str | None = None
 
 
 def parameter_rows(plan: Plan) -> list[ExplainRow]:
     """The plan's parameters; layers that agree on all numbers are one row."""
-    entries = {name: (str(p.spec.role), p.values) for name, p in plan.params.items()}
+    families = trained_by(plan)
+    entries = {name: (str(p.spec.role), p.values, families.get(name)) for name, p in plan.params.items()}
     return [ExplainRow(shown, *entry) for shown, entry in _collapse(entries)]
+
+
+def trained_by(plan: Plan) -> dict[str, str]:
+    """The optimizer family of every stored parameter: under a hybrid (Muon, say) there is more than one."""
+    family = find_optimizer(plan.optimizer)
+    return {name: family.trains(p.spec).name for name, p in plan.stored.items()}
 
 
 def site_rows(plan: Plan) -> list[ExplainRow]:
@@ -42,11 +61,10 @@ def product_rows(products: Mapping[str, Product]) -> list[Product]:
 def explain_text(plan: Plan, products: Mapping[str, Product] | None = None) -> str:
     """The plan as aligned tables: parameters, sites, products where given, and the rule and source of every number."""
     params, sites = parameter_rows(plan), site_rows(plan)
-    numbers = [(r.name, r.role, *(_number(_initial(r.values).get(q)) for q in COLUMNS)) for r in params]
     at_sites = [(r.name, r.role, "  ".join(f"{q} {v.number:.6g}" for q, v in r.values.items())) for r in sites]
     rules = dict.fromkeys((r.role, q, v.rule, v.source) for r in [*params, *sites] for q, v in r.values.items())
     tables = (
-        table([("parameter", "role", *COLUMNS), *numbers]),
+        _parameter_table(params),
         table([("site", "kind", "numbers"), *at_sites]),
         *([_product_table(products)] if products else []),
         table([("role", "quantity", "rule", "source"), *rules]),
@@ -69,11 +87,50 @@ def diff_text(left: Plan, right: Plan) -> str:
     return table([("name", "quantity", left.scheme, right.scheme), *rows])
 
 
-def table(rows: Iterable[tuple[str, ...]]) -> str:
-    """Left-aligned columns, two spaces apart."""
+def table(rows: Iterable[Sequence[str]]) -> str:
+    """Left-aligned columns, two spaces apart; a cell may have several lines."""
+    cells = [[text.split("\n") for text in row] for row in rows]
+    widths = [max(len(line) for cell in column for line in cell) for column in zip(*cells, strict=True)]
+    lines = [line for row in cells for line in zip_longest(*row, fillvalue="")]
+    return "\n".join("  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def narrow_table(rows: Iterable[Sequence[str]], width: int) -> str:
+    """A table of at most `width` where that is possible: the last column is wrapped, the others folded.
+
+    Folds are at commas and between the factors of a formula, no more of them than it takes.
+    """
     cells = list(rows)
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return "\n".join("  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+    longest = max(len(row[-1]) for row in cells)
+    for room, least in ROOMS:
+        last = min(least, longest)
+        folded = [[_fold(text, room) for text in row[:-1]] for row in cells]
+        columns = zip(*folded, strict=True)
+        left = sum(max(len(line) + 2 for text in column for line in text.split("\n")) for column in columns)
+        if left + last <= width:
+            break
+    wrapped = [textwrap.fill(row[-1], max(last, width - left), break_on_hyphens=False) for row in cells]
+    return table([*row, text] for row, text in zip(folded, wrapped, strict=True))
+
+
+def _fold(text: str, room: int) -> str:
+    lines = []
+    for line in text.split("\n"):
+        lines.append("")
+        for piece in BREAKS.split(line):
+            if lines[-1] and len(lines[-1] + piece) > room:
+                lines.append("")
+            lines[-1] += piece if lines[-1] else piece.lstrip()
+    return "\n".join(lines)
+
+
+def _parameter_table(params: Sequence[ExplainRow]) -> str:
+    hybrid = len({r.trained_by for r in params if r.trained_by}) > 1
+    rows: list[list[str]] = [["parameter", "role", *(["trained by"] if hybrid else []), *COLUMNS]]
+    for r in params:
+        family = [r.trained_by or "-"] if hybrid else []
+        rows.append([r.name, r.role, *family, *(_number(_initial(r.values).get(q)) for q in COLUMNS)])
+    return table(rows)
 
 
 def _product_table(products: Mapping[str, Product]) -> str:

@@ -35,8 +35,8 @@ class Cell:
     source: str
 
     def __mul__(self, other: "Cell") -> "Cell":
-        sources = self.source if other.source in self.source else f"{self.source}; {other.source}"
-        return Cell(self.formula * other.formula, sources)
+        sources = dict.fromkeys([*self.source.split("; "), *other.source.split("; ")])
+        return Cell(self.formula * other.formula, "; ".join(sources))
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,8 @@ class Monomial:
         return self.coefficient * absolute * _quotient([(s, p) for s, p in self.powers if s in relative], symbols)
 
     def __str__(self) -> str:
+        if self.coefficient == 0:
+            return "0"
         above = [_factor(s, p) for s, p in self.powers if p > 0]
         below = [_factor(s, -p) for s, p in self.powers if p < 0]
         if self.coefficient != 1.0 or not above:
@@ -85,12 +87,15 @@ def _normal(powers: Mapping[str, Fraction]) -> tuple[tuple[str, Fraction], ...]:
 
 
 def _quotient(powers: Sequence[tuple[str, Fraction]], symbols: Mapping[str, float]) -> float:
-    above: float = prod(float(symbols[s]) ** float(p) for s, p in powers if p > 0)
-    below: float = prod(float(symbols[s]) ** float(-p) for s, p in powers if p < 0)
+    # Sorted, so that at the base shape both products round alike.
+    above: float = prod(sorted(float(symbols[s]) ** float(p) for s, p in powers if p > 0))
+    below: float = prod(sorted(float(symbols[s]) ** float(-p) for s, p in powers if p < 0))
     return above / below
 
 
 def _factor(symbol: str, exponent: Fraction) -> str:
     if exponent == 1:
         return symbol
-    return f"sqrt({symbol})" if exponent == Fraction(1, 2) else f"{symbol}^{exponent}"
+    if exponent == Fraction(1, 2):
+        return f"sqrt({symbol})"
+    return f"{symbol}^{exponent}" if exponent.denominator == 1 else f"{symbol}^({exponent})"

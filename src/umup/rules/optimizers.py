@@ -9,13 +9,16 @@ one entry of the gradient is (`grad`). What another optimizer needs for updates 
 
 The last: Adam's updates align with the features, so that their spectral norm is lr * sqrt(fan_in * fan_out), and an
 orthogonal one's is lr * s, s being the implementation's own factor. For muP this gives table 3 of 2203.03466 (SGD), the
-Adafactor rule of 2407.05872 and sqrt(fan_out/fan_in) for Muon and Shampoo (2310.17813, 2512.05620).
+Adafactor rule of 2407.05872 and sqrt(fan_out/fan_in) for Muon, Shampoo and SOAP (2310.17813, 2512.05620).
 Symbols: `grad` and `weight` are the scheme's formulas for an entry of the gradient and of the initial weight, without
 coefficients and hyperparameters; `columns` is the last side of the stored matrix. Where a scheme is relative to a base
 shape, so is everything here. A scheme with one rate for all parameters (sp) has it under every optimizer.
 
-Decay is decoupled in all of them (SGD's L2 term is the same thing): torch's Adam, NAdam and RAdam are told so.
-Not covered: decay added to a gradient that is normalised afterwards (Adam with L2), for which no rule is published.
+Decay is decoupled in all of them (without momentum, SGD's L2 term is the same thing): torch's Adam, NAdam and RAdam are
+told so. 2512.05620 recommends an independent decay of 1/width; the tables keep the schemes' own.
+Not covered: decay added to a gradient that is normalised afterwards (Adam with L2), for which no rule is published;
+RAdam's first five steps, which are SGD at Adam's rate; torch's Adafactor once min(lr, 1/sqrt(step)) binds, which then
+gives all parameters one relative rate; momentum on SGD's decay, which acts 1/(1 - momentum) times as strongly.
 """
 
 from collections.abc import Mapping
@@ -106,7 +109,8 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
             rest="adamw",
         ),
         Optimizer("shampoo", ALIGNED, (GRAD * ALIGNED) ** 2, "1802.09568; 2512.05620", "theory", rest="adamw"),
-        Optimizer("soap", ONE, GRAD, "2409.11321: Adam in a rotated basis; 2512.05620", "empirical", rest="adamw"),
+        # Adam in the gradient's own basis, where an aligned gradient is one entry: what it adds is orthogonal, too.
+        Optimizer("soap", ALIGNED, GRAD * ALIGNED, "2409.11321; 2512.05620", "theory", rest="adamw"),
     )
 }
 

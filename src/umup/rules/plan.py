@@ -173,7 +173,8 @@ class Plan:
         try:
             body = json.loads(text)
             version = body.pop("umup_plan")
-            body.pop("precision", None)  # what `umup explain --json` adds: no part of a parametrization
+            for added in ("precision", "trained_by"):  # by `umup explain --json`: no part of a parametrization
+                body.pop(added, None)
         except (ValueError, KeyError, AttributeError, TypeError):
             raise PlanError("not a umup plan: expected JSON with the key 'umup_plan'") from None
         if version != VERSION:

@@ -26,7 +26,8 @@ from umup.rules.schemes import scheme as find_scheme
 Stream = Literal["fp32", "bf16", "fp16"]
 Scales = Literal["static", "monitor", "adapt", "dynamic"]
 
-LAYER = re.compile(r"(?<=layers\.)\d+")
+# A copy's number in a name: layers.3.mlp.up, h.0.attn, model.layers.3
+LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 SIMULATED = re.compile(r"simulate:(E[2-8]M(?:\d|10))")
 PRODUCT_ROLES = (Role.HIDDEN, Role.HIDDEN_OUT, Role.READOUT, Role.TIED_READOUT)
 # cuBLASLt's FP8 kernels want both inner and outer sides in multiples of 16.

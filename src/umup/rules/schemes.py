@@ -46,9 +46,10 @@ Row = Mapping[str, Cell]
 class Scheme:
     """A parametrization.
 
-    `one_rate`: every optimizer gives all parameters the same rate. `needs_base`: formulas are relative to a base shape;
-    `needs_base_depth`: to its depth, too. A `unit_scaled` one keeps tensors near RMS 1, so that FP8 and FP16 need no
-    measured scale, and works only with operations that carry its numbers. `norm_placement`: where blocks normalise.
+    `one_rate`: every optimizer gives all parameters the same rate. `keeps_init`: a module's own initial weights are
+    this scheme's. `needs_base`: formulas are relative to a base shape; `needs_base_depth`: to its depth, too. A
+    `unit_scaled` one keeps tensors near RMS 1, so that FP8 and FP16 need no measured scale, and works only with
+    operations that carry its numbers. `norm_placement`: where blocks normalise.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Scheme:
     hparams: tuple[HParam, ...] = ()
     options: tuple[Option, ...] = ()
     one_rate: bool = False
+    keeps_init: bool = False
     needs_base: bool = False
     needs_base_depth: bool = False
     unit_scaled: bool = False
@@ -122,6 +124,7 @@ SP = Scheme(
     hparams=(SIGMA_INIT,),
     ops=SP_OPS,
     one_rate=True,
+    keeps_init=True,
     rows={
         **dict.fromkeys((Role.EMBEDDING, Role.POSITION, Role.INPUT, Role.HIDDEN), _sp_matrix),
         **dict.fromkeys((Role.READOUT, Role.TIED_READOUT, Role.SCALAR), _sp_matrix),
