@@ -30,6 +30,15 @@ def test_fp8_page_runs(monkeypatch, capsys):
         assert parse_config(read_yaml(text)).precision.recipe == "fp8"
 
 
+def test_any_module_page_runs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    scope = {}
+    for code in blocks("python", "docs/any-module.md"):
+        exec(compile(code, "docs/any-module.md", "exec"), scope)
+    assert "head.weight" in capsys.readouterr().out
+    assert scope["keeper"].products
+
+
 def test_readme_config_is_valid():
     for text in blocks("yaml"):
         assert plan_for(parse_config(read_yaml(text))).scheme == "umup"

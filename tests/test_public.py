@@ -12,6 +12,7 @@ def test_public_names():
         "__version__",
         "ConfigError",
         "InputError",
+        "ModelPlan",
         "Monomial",
         "ParamSpec",
         "Plan",
@@ -27,8 +28,11 @@ def test_public_names():
         "load_config",
         "load_run",
         "param_groups",
+        "plan",
         "plan_for",
         "run_training",
+        "to_fp8",
+        "unit_scale",
     ]
 
 
@@ -44,7 +48,7 @@ def test_no_public_name_is_a_subpackage():
 
 
 def test_commands():
-    assert list(COMMANDS) == ["demo", "train", "generate", "data", "explain", "ranges", "bench"]
+    assert list(COMMANDS) == ["demo", "train", "generate", "data", "rules", "explain", "ranges", "bench"]
 
 
 def test_config_sections():

@@ -1,25 +1,22 @@
 """Config + plan -> module. With adapt/apply.py the only place where rules and tensors meet."""
 
 import hashlib
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from umup.config.sections import PrecisionConfig, RunConfig
+from umup.config.sections import RunConfig
 from umup.errors import ConfigError
 from umup.models.decoder import MLP, Block, Decoder, GatedMLP, LearnedPositions, SelfAttention
 from umup.models.specs import Shape, plan_for, products_for, shape_of
-from umup.nn.fp8 import convert
+from umup.nn.fp8 import convert, formats_of
 from umup.nn.modules import Attention, Dropout, Embedding, LayerNorm, Linear, Residual, RMSNorm, UseScales
-from umup.numerics.formats import find_format
-from umup.numerics.gemm import Formats, require_fp8
 from umup.ops.activation import gelu, silu
 from umup.ops.attention import rotary_tables
 from umup.rules.plan import USE_QUANTITIES, Plan
-from umup.rules.precision import Product, find_recipe
+from umup.rules.precision import find_recipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
@@ -38,10 +35,11 @@ def build(config: RunConfig, plan: Plan | None = None, device: torch.device | st
     products = products_for(config, plan)
     model = decoder(shape_of(config.model), plan, stream_of(config))
     initialise(model, plan, config.train.seed)
+    device = torch.device(device)
     model = model.to(device)
     for p in model.parameters():
         p.data = p.data.to(DTYPES[config.optimizer.master_dtype])
-    encode_products(model, products.values(), config.precision)
+    convert(model, formats_of(products.values(), device, config.precision))
     if config.precision.compact:
         _keep_compact(model)
     return model
@@ -61,24 +59,6 @@ def _keep_compact(model: Decoder) -> None:
 def stream_of(config: RunConfig) -> torch.dtype:
     """The dtype of activations."""
     return DTYPES[find_recipe(config.precision.recipe).stream]
-
-
-def encode_products(model: nn.Module, products: Iterable[Product], precision: PrecisionConfig) -> None:
-    """Put a model's products on their formats (rules/precision.py); those without one are left alone."""
-    device = next(model.parameters()).device
-    formats = {}
-    for p in products:
-        if p.forward is not None and p.gradient is not None:
-            backend = "emulate" if p.simulated else precision.backend
-            if backend == "auto" or (backend == "scaled_mm" and device.type == "cuda"):
-                require_fp8(device)
-                backend = "scaled_mm"
-            dynamic = precision.scales == "dynamic"
-            forward, gradient = find_format(p.forward), find_format(p.gradient)
-            if p.simulated:  # values in float32, of any format and any sides
-                forward, gradient = replace(forward, dtype=None), replace(gradient, dtype=None)
-            formats[p.name] = Formats(forward, gradient, backend, dynamic)
-    convert(model, formats)
 
 
 def decoder(shape: Shape, plan: Plan, dtype: torch.dtype = torch.float32) -> Decoder:

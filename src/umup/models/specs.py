@@ -191,7 +191,7 @@ def plan_for(config: RunConfig) -> Plan:
     shape, p = shape_of(config.model), config.parametrization
     if p.base is not None and p.base.num_layers is None and find_scheme(p.scheme).needs_base_depth:
         raise ConfigError(
-            f"parametrization.base: scheme {p.scheme!r} is relative to a depth, too; write base.num_layers (that of the "
+            f"parametrization.base: scheme {p.scheme!r} is relative to a depth, too; write base.num_layers (of the "
             "model whose hyperparameters were tuned)"
         )
     tokens = config.tokens_per_step

@@ -10,22 +10,37 @@ largest value, from which, widened by the most that one optimizer step can add, 
 waits for the GPU.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from dataclasses import replace
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
+from umup.config.sections import PrecisionConfig
 from umup.errors import ConfigError, DataError, did_you_mean
 from umup.nn.modules import Linear, Matmul, UseScales, join
-from umup.numerics.formats import E4M3, E5M2, encode
-from umup.numerics.gemm import W_DECODE, W_ENCODE, Formats, Gemm, GemmState, entry, power_of_two, scale_table
+from umup.numerics.formats import E4M3, E5M2, encode, find_format
+from umup.numerics.gemm import (
+    W_DECODE,
+    W_ENCODE,
+    Formats,
+    Gemm,
+    GemmState,
+    entry,
+    power_of_two,
+    require_fp8,
+    scale_table,
+)
 from umup.numerics.kernels.cast import cast_weights
 from umup.ops.linear import linear
 from umup.ops.loss import linear_cross_entropy
+from umup.rules.precision import Product
 
+# Formats that reach further (E8M10) need no weights up there, where products would leave float32.
+ENOUGH = 2.0**16
 OPERANDS = ("x", "g", "w")  # columns of `exponents`: input, output gradient, weight
 
 
@@ -116,6 +131,26 @@ class StaticMatmul(Matmul):
         self.scales_table.copy_(scale_table(self.gemm, self.exponents))
 
 
+def formats_of(products: Iterable[Product], device: torch.device, precision: PrecisionConfig) -> dict[str, Formats]:
+    """The formats of those products (rules/precision.py) that leave the stream's dtype.
+
+    Raises ConfigError where the device cannot run them.
+    """
+    formats = {}
+    for p in products:
+        if p.forward is not None and p.gradient is not None:
+            backend = "emulate" if p.simulated else precision.backend
+            if backend == "auto" or (backend == "scaled_mm" and device.type == "cuda"):
+                require_fp8(device)
+                backend = "scaled_mm"
+            dynamic = precision.scales == "dynamic"
+            forward, gradient = find_format(p.forward), find_format(p.gradient)
+            if p.simulated:  # values in float32, of any format and any sides
+                forward, gradient = replace(forward, dtype=None), replace(gradient, dtype=None)
+            formats[p.name] = Formats(forward, gradient, backend, dynamic)
+    return formats
+
+
 def convert(model: nn.Module, formats: Mapping[str, Formats]) -> list[Encoded]:
     """Run the named linears' products in FP8; those that shared a product still do if their formats agree.
 
@@ -129,11 +164,21 @@ def convert(model: nn.Module, formats: Mapping[str, Formats]) -> list[Encoded]:
     for name, chosen in formats.items():
         groups.setdefault((id(linears[name].matmul), chosen), []).append(name)
     for (_, chosen), names in groups.items():
-        parts = [linears[name] for name in names]
-        fan_out, fan_in = sum(len(p.weight) for p in parts), parts[0].weight.shape[1]
-        matmul = StaticMatmul(parts[0].scales, chosen, fan_in, fan_out, parts[0].weight.device)
-        for part in parts:
-            part.matmul = matmul
+        install([linears[name] for name in names], linears[names[0]].scales, chosen)
+    return start(model)
+
+
+def install(linears: Sequence[Linear | nn.Linear], scales: UseScales, formats: Formats) -> None:
+    """Give linears that read the same input one FP8 product: their child `matmul`, without a name in the state dict."""
+    weight = linears[0].weight
+    fan_out = sum(len(part.weight) for part in linears)
+    matmul = StaticMatmul(scales, formats, fan_out=fan_out, fan_in=weight.shape[1], device=weight.device)
+    for part in linears:
+        part.matmul = matmul
+
+
+def start(model: nn.Module) -> list[Encoded]:
+    """Encode the weights of all installed products, now and after every load_state_dict."""
     found = encoded(model)
     refresh_weights(found)
     model.register_load_state_dict_post_hook(_refresh_loaded)  # type: ignore[no-untyped-call]
@@ -161,12 +206,12 @@ def _refuse_empty(x: Tensor) -> None:
 
 def encoded(model: nn.Module) -> list[Encoded]:
     """The converted products of a model, in its order."""
-    by_matmul: dict[StaticMatmul, list[tuple[str, Linear]]] = {}
+    by_matmul: dict[StaticMatmul, list[tuple[str, Linear | nn.Linear]]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Linear) and isinstance(module.matmul, StaticMatmul):
-            by_matmul.setdefault(module.matmul, []).append((name, module))
+        if isinstance(module, Linear | nn.Linear) and isinstance(matmul := module._modules.get("matmul"), StaticMatmul):
+            by_matmul.setdefault(matmul, []).append((name, module))
     return [
-        Encoded(matmul, tuple(name for name, _ in parts), tuple(m.weight for _, m in parts))
+        Encoded(matmul, tuple(name for name, _ in parts), tuple(cast(nn.Parameter, m.weight) for _, m in parts))
         for matmul, parts in by_matmul.items()
     ]
 
@@ -222,7 +267,7 @@ def _like(numbers: tuple[float, ...], x: Tensor) -> Tensor:
 
 
 def _move_weight_scales(products: list[Encoded], largest: Tensor) -> None:
-    limits = _like(tuple(p.matmul.formats.forward.max for p in products), largest)
+    limits = _like(tuple(min(p.matmul.formats.forward.max, ENOUGH) for p in products), largest)
     # frexp: ratio = m * 2^e with m in [1/2, 1), so 2^(e-1) is the largest power of two that keeps all inside.
     exponent = torch.frexp(limits / largest.clamp(2.0**-100, 2.0**100)).exponent - 1
     encode_by = power_of_two(exponent).view(-1, 1, 1).expand(-1, 1, 4)

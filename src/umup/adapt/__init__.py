@@ -1,0 +1,1 @@
+"""Roles, plans and unit scaling for any nn.Module."""
