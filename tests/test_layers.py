@@ -39,6 +39,8 @@ TORCH_FREE = [
     "models.presets",
     "models.specs",
     "models.memory",
+    "interop.torchtitan",
+    "interop.megatron",
     "cli.main",
 ]
 

@@ -1,0 +1,1 @@
+"""Other programs' files, read and written: base shapes, optimizer groups, command lines."""
