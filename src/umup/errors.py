@@ -56,8 +56,8 @@ class DivergedError(RunError):
     """The loss became NaN or infinite."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The tail of an error message: the nearest known name, or all of them when none is near."""
-    names = list(known)
-    near = get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The tail of an error message: the nearest known name, whatever its case, or all of them when none is near."""
+    names = {known_name.lower(): known_name for known_name in known}
+    near = get_close_matches(str(name).lower(), names, n=1, cutoff=0.6)
+    return f"did you mean {names[near[0]]!r}?" if near else f"known: {', '.join(names.values())}"

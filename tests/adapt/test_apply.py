@@ -308,6 +308,7 @@ KINDS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:weight_decay. independent decay")
 @pytest.mark.parametrize("kind", KINDS)
 def test_softmax_scale_where_heads_grow_is_that_of_explicit_attention(kind):
     """sqrt(base_d)/d, compared with an attention that says so, over Adam steps in float64."""

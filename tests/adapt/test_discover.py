@@ -547,3 +547,28 @@ def test_large_models_are_read_at_once():
     start = perf_counter()
     assert len(discover(model, base).params) == 400 * 11 + 5
     assert perf_counter() - start < 5
+
+
+class TestUnreadable:
+    def test_lazy_modules(self):
+        with pytest.raises(PlanError, match=r"^0\.weight is lazy and has no shape yet; run one batch first"):
+            discover(nn.Sequential(nn.LazyLinear(8)))
+
+    def test_complex_parameters(self):
+        with pytest.raises(PlanError, match=r"^weight is complex"):
+            discover(nn.Linear(8, 8, dtype=torch.complex64))
+
+    @pytest.mark.filterwarnings("ignore::FutureWarning")
+    def test_weight_norm_of_both_kinds(self):
+        old = nn.utils.weight_norm(nn.Linear(8, 8))
+        with pytest.raises(PlanError, match=r"weight_g is a part of weight_norm.*remove_weight_norm"):
+            discover(nn.Sequential(old))
+        new = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+        with pytest.raises(
+            PlanError, match=r"parametrizations\.weight .*is a parametrization .*remove_parametrizations"
+        ):
+            discover(nn.Sequential(new))
+
+    def test_wrapped_models(self):
+        with pytest.raises(PlanError, match=r"^1 is wrapped in DataParallel: plan and apply before wrapping"):
+            discover(nn.Sequential(nn.Linear(8, 8), nn.DataParallel(nn.Linear(8, 8))))

@@ -172,3 +172,49 @@ def test_patterns_and_names_that_mean_nothing_are_refused():
         laws_of(weights, {"*": "kaiming"})
     with pytest.raises(PlanError, match=r"inits\['layer'\] matches no parameter; names look like 'h.0.fc.weight'"):
         laws_of(weights, {"layer": "xavier"})
+
+
+def bias_spec(name, weight):
+    return ParamSpec(name, Role.BIAS, (weight.shape[0],), weight.shape[1], weight.shape[0])
+
+
+def laws_of_modules(modules):
+    weights = {f"{name}.weight": m.weight for name, m in modules.items()}
+    specs = [spec(name, tuple(w.shape)) for name, w in weights.items()]
+    with_bias = {name: m for name, m in modules.items() if getattr(m, "bias", None) is not None}
+    specs = [*(bias_spec(f"{n}.bias", m.weight) for n, m in with_bias.items()), *specs]
+    return identify(measure(specs, weights | {f"{n}.bias": m.bias for n, m in with_bias.items()}), 1, {})
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_small_tensors_get_the_law_of_large_ones(seed):
+    torch.manual_seed(seed)
+    modules = {"a": nn.Linear(11, 64), "b": nn.Linear(64, 64), "c": nn.Linear(48, 256), "d": nn.Linear(64, 3)}
+    modules["e"] = nn.Conv2d(30, 30, 3, groups=30, bias=False)
+    assert {law.name for law in laws_of_modules(modules).values()} == {"torch_default"}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_bias_beside_another_init_keeps_its_own(seed):
+    torch.manual_seed(seed)
+    layer = nn.Linear(48, 256)
+    nn.init.xavier_uniform_(layer.weight)
+    laws = laws_of_modules({"a": layer})
+    assert [laws["a.weight"].name, laws["a.bias"].name] == ["xavier", "torch_default"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_short_table_is_drawn_like_the_long_one(seed):
+    """At width 1024, normal(0.02) of BERT's two token types is sqrt(2/(5 * 1024)), too."""
+    torch.manual_seed(seed)
+    modules = {"types": nn.Embedding(2, 1024), "words": nn.Embedding(3000, 1024)}
+    for module in modules.values():
+        nn.init.normal_(module.weight, 0, 0.02)
+    assert {law.name for law in laws_of_modules(modules).values()} == {"std 0.02"}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_uniform_is_orthogonal(seed):
+    torch.manual_seed(seed)
+    law = laws_of_modules({"a": nn.Conv2d(30, 30, 3, groups=30, bias=False)})["a.weight"]
+    assert law.name not in ("orthogonal", "small")

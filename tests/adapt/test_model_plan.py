@@ -23,6 +23,8 @@ from umup.ops.attention import rotary, rotary_tables
 from umup.rules.plan import Plan, make_plan
 from umup.rules.schemes import SCHEMES
 
+# These decays are large so that their effect is seen.
+pytestmark = pytest.mark.filterwarnings("ignore:weight_decay. independent decay")
 BATCH, SEQ, VOCAB, STEPS = 4, 16, 64, 5
 RELATIVE = [name for name, table in SCHEMES.items() if table.needs_base]
 
@@ -345,6 +347,26 @@ BAD_PLANS = {
         lambda: umup.plan(shared_badly(), Plain(small())),
         r"layers\.0\.attn\.out\.weight .* shares its storage with layers\.0\.attn\.q\.weight",
     ),
+    "hyperparameters as text": (
+        lambda: umup.plan(Plain(config()), Plain(small()), hparams={"alpha_out": "2.0"}),
+        r"^parametrization\.hparams\.alpha_out: must be a number, not str '2\.0'$",
+    ),
+    "a choice that is no number of the option": (
+        lambda: umup.plan(Plain(config()), Plain(small()), scheme="completep", options={"depth_alpha": 0.7}),
+        r"^parametrization\.options\.depth_alpha: unknown choice '0\.7'",
+    ),
+    "another case": (
+        lambda: umup.plan(Plain(config()), Plain(small()), optimizer="AdamW"),
+        r"unknown optimizer 'AdamW'; did you mean 'adamw'\?",
+    ),
+    "no name at all": (
+        lambda: umup.plan(Plain(config()), Plain(small()), overrides={"*.up.weight": 3}),
+        r"unknown role 3; known: ",
+    ),
+    "compiled": (
+        lambda: umup.plan(torch.compile(Plain(config())), Plain(small())),
+        r"^the model is wrapped in OptimizedModule: plan and apply before wrapping",
+    ),
     "unknown role": (
         lambda: umup.plan(Plain(config()), Plain(small()), overrides={"*.up.weight": "hiden"}),
         "unknown role 'hiden'; did you mean 'hidden'",
@@ -352,6 +374,7 @@ BAD_PLANS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler raises some of its own
 @pytest.mark.parametrize("case", BAD_PLANS)
 def test_bad_input_is_one_line_that_says_what_to_write(case):
     make, match = BAD_PLANS[case]
@@ -485,3 +508,173 @@ def test_a_model_of_seven_billion_parameters_is_planned_in_seconds():
     print(f"planned in {seconds:.2f} s")
     assert seconds < 20
     assert plan.folded.params["layers.31.mlp.down.weight"]["lr"] == pytest.approx(688 / 11008 * 4 / 32)
+
+
+# --- what depth rules must know ----------------------------------------------------------------------------------
+
+
+class Branches(nn.Module):
+    """One block of two branches whose outputs have the given names."""
+
+    def __init__(self, width, attn_out, mlp_out):
+        super().__init__()
+        self.norm, self.q = nn.LayerNorm(width), nn.Linear(width, width)
+        self.first, self.unused = nn.Linear(width, 4 * width), nn.Linear(width, width)
+        self.add_module(attn_out, nn.Linear(width, width))
+        self.add_module(mlp_out, nn.Linear(4 * width, width))
+
+
+def stack(width, layers, *names):
+    return nn.ModuleDict({"h": nn.ModuleList(Branches(width, *names) for _ in range(layers))})
+
+
+DEPTH_SCHEMES = [name for name in RELATIVE if SCHEMES[name].needs_base_depth]
+
+
+@pytest.mark.parametrize("scheme", DEPTH_SCHEMES)
+def test_the_override_that_a_refusal_names_is_taken(scheme):
+    names = ("a", "b")
+    model, base = stack(64, 4, *names), stack(16, 2, *names)
+    with pytest.raises(PlanError, match=r"no matrix of h\.0 is known .*'hidden_out'"):
+        umup.plan(model, base, scheme=scheme)
+    plan = umup.plan(model, base, scheme=scheme, overrides={"h.*.a.weight": "hidden_out", "h.*.b.weight": "hidden_out"})
+    assert all("branch" in plan.plan.params[f"h.3.{leaf}.weight"].values["multiplier"].rule for leaf in names)
+    # One layer is no repetition; that something in it writes makes it a block.
+    plan = umup.plan(
+        stack(64, 1, *names), stack(16, 2, *names), scheme=scheme, overrides={"*.[ab].weight": "hidden_out"}
+    )
+    assert plan.plan.sizes.num_layers == 1
+
+
+@pytest.mark.parametrize("scheme", DEPTH_SCHEMES)
+def test_a_branch_beside_a_known_one_is_never_left_out_silently(scheme):
+    model, base = stack(64, 4, "wo", "shrink"), stack(16, 2, "wo", "shrink")
+    with pytest.raises(PlanError, match=r"h\.0\.shrink\.weight may write .*\{'h\.\*\.shrink\.weight': 'hidden_out'\}"):
+        umup.plan(model, base, scheme=scheme)
+    for role, scaled in (("hidden_out", True), ("hidden", False)):
+        plan = umup.plan(model, base, scheme=scheme, overrides={"h.*.shrink.weight": role})
+        assert ("branch" in plan.plan.params["h.0.shrink.weight"].values["multiplier"].rule) is scaled
+    umup.plan(model, base, scheme="mup")
+
+
+# --- notes -------------------------------------------------------------------------------------------------------
+
+
+def notes_of(make, target, base, **arguments):
+    return "\n".join(umup.plan(make(target), None if base is None else make(base), **arguments).notes)
+
+
+def test_guessed_roles_are_said_whatever_the_base():
+    assert "roles were guessed" in notes_of(lambda layers: Plain(small(layers)), 4, 2, scheme="completep")
+    assert "roles were guessed" in notes_of(lambda layers: Plain(small(layers)), 2, None, scheme="ntp")
+    assert "guessed" not in umup.plan(Plain(config()), Plain(small())).explain()
+
+
+def test_a_side_that_grows_alone_is_said():
+    def net(sizes):
+        width, classes = sizes
+        return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width), nn.Linear(width, classes))
+
+    assert "3.weight: a side of 1000 here and 10 in the base" in notes_of(net, (64, 1000), (16, 10))
+    assert notes_of(net, (64, 10), (16, 10)) == ""
+    assert notes_of(net, (64, 1000), (16, 10), overrides={"3.weight": "readout"}) == ""
+
+
+def test_an_unknown_head_size_is_said():
+    class Attend(nn.Module):
+        def __init__(self, width, **sizes):
+            super().__init__()
+            self.heads, self.scale = 2, (width // 2) ** -0.5
+            self.__dict__.update(sizes)
+            self.to_q, self.to_out = nn.Linear(width, width), nn.Linear(width, width)
+
+    def known(width):
+        return nn.ModuleDict({"attn": Attend(width, head_dim=width // 2), "attn_norm": nn.LayerNorm(width)})
+
+    assert "head size of attn is not known" in notes_of(lambda w: nn.ModuleDict({"attn": Attend(w)}), 64, 16)
+    assert notes_of(known, 64, 16) == ""
+
+
+# --- groups ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error")
+def test_large_independent_decay_is_warned_of():
+    model, plan = planned()
+    with pytest.warns(
+        UserWarning, match=r"takes 10% of every weight per step; AdamW's 0\.1 at lr 0\.0003 is 3e-05 here"
+    ):
+        plan.param_groups(model, lr=3e-4, weight_decay=0.1)
+    plan.param_groups(model, lr=3e-4, weight_decay=0.01)
+    coupled = umup.plan(model, Plain(small()), independent_weight_decay=False)
+    coupled.param_groups(model, lr=3e-4, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("lr", [0, -1.0, float("nan")])
+def test_rates_must_be_above_zero(lr):
+    model, plan = planned()
+    with pytest.raises(PlanError, match="lr must be above 0"):
+        plan.param_groups(model, lr=lr)
+
+
+def test_muon_without_matrices_says_where_the_rest_goes():
+    def net(width):
+        return nn.Sequential(nn.Conv2d(3, width, 3), nn.Conv2d(width, width, 3), nn.Conv2d(width, 4, 3))
+
+    model = net(16)
+    plan = umup.plan(model, net(8), optimizer="muon")
+    with pytest.raises(PlanError, match=r"part='muon' has no parameters.*convolutions and vectors go to part='adamw'"):
+        plan.param_groups(model, lr=0.1, part="muon")
+    assert plan.param_groups(model, lr=0.1, part="adamw")
+
+
+def test_choices_may_be_numbers():
+    model, base = Plain(config(num_layers=8)), Plain(small())
+    plans = [
+        umup.plan(model, base, scheme="completep", options={"depth_alpha": alpha})
+        for alpha in (1, 1.0, "1", 0.5, "0.5")
+    ]
+    assert plans[0] == plans[1] == plans[2] != plans[3] == plans[4]
+
+
+GUARDED = {
+    ("adamw", "AdamW"): True,
+    ("adamw", "SGD"): False,
+    ("adam", "AdamW"): True,
+    ("adam", "Adam"): True,
+    ("sgd", "SGD"): True,
+    ("sgd", "AdamW"): False,
+    ("lion", "RMSprop"): False,
+    ("muon", "AdamW"): True,
+    ("muon_match_rms_adamw", "Muon"): True,
+    ("muon", "Adafactor"): False,
+}
+TORCH = {name: getattr(torch.optim, name) for _, name in GUARDED}
+
+
+@pytest.mark.parametrize(("family", "name"), GUARDED)
+def test_the_guard_knows_the_plans_family(family, name):
+    model, plan = planned(optimizer=family)
+    part = None if "muon" not in family else "adamw" if name != "Muon" else family
+    groups = [{key: g[key] for key in ("params", "names", "lr")} for g in plan.param_groups(model, lr=0.1, part=part)]
+    if family == "adam":
+        groups = plan.param_groups(model, lr=0.1)
+    optimizer = TORCH[name](groups)
+    if GUARDED[family, name]:
+        plan.guard(optimizer)
+    else:
+        with pytest.raises(
+            PlanError, match=rf"^guard: the plan is for '{family}', whose rates are not those of {name}"
+        ):
+            plan.guard(optimizer)
+
+
+def test_the_guard_knows_coupled_from_decoupled():
+    model, plan = planned()
+
+    def adam(**arguments):
+        return torch.optim.Adam(plan.param_groups(model, lr=0.1, weight_decay=1e-4), **arguments)
+
+    with pytest.raises(PlanError, match="not those of Adam;"):
+        plan.guard(adam())
+    plan.guard(adam(decoupled_weight_decay=True))

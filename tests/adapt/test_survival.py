@@ -22,6 +22,8 @@ import umup
 from umup.adapt.inits import measure
 from umup.errors import PlanError
 
+# The decay is large so that its effect is seen.
+pytestmark = pytest.mark.filterwarnings("ignore:weight_decay. independent decay")
 VOCAB, BATCH, SEQ, STEPS = 33, 8, 8, 3  # an odd number of rows shards unevenly
 no_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler raises some of its own
 

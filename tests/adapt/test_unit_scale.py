@@ -512,7 +512,10 @@ def test_the_report_names_what_is_not_covered():
     assert any(line.split()[:2] == ["torch.Tensor.cumsum", "2"] for line in plain.splitlines())
     assert "keep their values: gain" in plain
     assert model.gain.eq(3).all()
-    assert "not covered" not in unit_scale(GPT(), *batch()).report()
+    assert "no loss inside: gradients are not unit-scaled; put the loss in forward" in report.splitlines()
+    whole = unit_scale(GPT(), *batch()).report()
+    assert "not covered" not in whole
+    assert "no loss inside" not in whole
 
 
 def test_a_loss_that_is_not_asked_for_is_no_other_path():

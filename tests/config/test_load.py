@@ -172,7 +172,7 @@ def test_overrides_lie_over_the_file_and_leave_the_rest():
         ("model.num_kv_heads", "2"),
         ("model.tie_embeddings", "true"),
         ("parametrization.hparams.alpha_ffn_act", "0.5"),
-        ("parametrization.options", "{depth_count: 2L}"),
+        ("parametrization.options", "{depth_count: 2L, depth_alpha: 0.5}"),
         ("parametrization.base.hidden_size", "64"),
         ("train.seed", "1"),
         ("train.seed", "2"),
@@ -182,7 +182,7 @@ def test_overrides_lie_over_the_file_and_leave_the_rest():
     assert (config.data.source, config.data.tokenizer) == (["a", "b c"], "off")
     assert (config.model.num_kv_heads, config.model.tie_embeddings) == (2, True)
     assert config.parametrization.hparams == {"alpha_res": 2.0, "alpha_ffn_act": 0.5}
-    assert config.parametrization.options == {"depth_count": "2L"}
+    assert config.parametrization.options == {"depth_count": "2L", "depth_alpha": "0.5"}
     assert config.parametrization.base is not None
     assert config.parametrization.base.hidden_size == 64
     assert config.train.seed == 2

@@ -73,6 +73,7 @@ def test_patterns_match_nothing_else(plan):
         assert not any(p.search(name) for p in patterns)
 
 
+@pytest.mark.filterwarnings("ignore:weight_decay. independent decay")
 @pytest.mark.parametrize("independent", [True, False])
 def test_numbers_are_those_of_param_groups(independent):
     plan = plan_of(independent_weight_decay=independent)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from umup.config.load import parse_config
+from umup.errors import ConfigError
 from umup.models.build import build
 from umup.models.memory import GIB, memory_table, memory_text
 from umup.models.specs import plan_for
@@ -110,6 +111,11 @@ def test_the_text_shows_every_row_and_the_total():
     assert name == "total"
     assert float(per_parameter) == pytest.approx(sum(r.bytes_per_parameter for r in rows), abs=0.005)
     assert float(gib) == pytest.approx(sum(r.bytes for r in rows) / GIB, rel=1e-3)
+
+
+def test_an_optimizer_without_a_table_is_told_those_that_have_one():
+    with pytest.raises(ConfigError, match="the memory of 'lion' is not known here; known: adamw, adam, nadam"):
+        memory_table(config_of(name="lion"))
 
 
 def test_it_needs_no_torch():

@@ -19,6 +19,9 @@ from umup.models.specs import Shape, architecture, base_architecture, shape_of
 from umup.rules.plan import Plan, make_plan
 from umup.rules.schemes import SCHEMES
 
+# These decays are large so that their effect is seen.
+pytestmark = pytest.mark.filterwarnings("ignore:weight_decay. independent decay")
+
 BASE = BaseShape(hidden_size=16, num_layers=1)
 BATCH, SEQ, VOCAB, STEPS = 4, 16, 64, 6
 # Epsilon is of the size of the gradients, so that a wrong factor on it shows.

@@ -22,6 +22,9 @@ from umup.rules.optimizers import OPTIMIZERS
 from umup.rules.plan import Plan, make_plan
 from umup.rules.schemes import SCHEMES
 
+# These decays are large so that their effect is seen.
+pytestmark = pytest.mark.filterwarnings("ignore:weight_decay. independent decay")
+
 BASE = BaseShape(hidden_size=16, num_layers=1)
 BATCH, SEQ, VOCAB, STEPS = 4, 16, 48, 6
 # RAdam's first five steps are SGD's at Adam's rate: no units suit both. They are taken at rate 0, which moves only its

@@ -100,7 +100,8 @@ def test_each_product_says_why_it_runs_where_it_does():
     [
         ("fp9", "^precision.recipe: unknown recipe 'fp9'; did you mean 'fp8'"),
         ("fp8_partail", "did you mean 'fp8_partial'"),
-        ("E4M3", "unknown recipe 'E4M3'; known: fp32, .*fp8_head, simulate:ExMy$"),
+        ("int4", "unknown recipe 'int4'; known: fp32, .*fp8_head, simulate:ExMy$"),
+        ("E4M3", "unknown recipe 'E4M3'; did you mean 'fp8_e4m3'"),
         *[
             (
                 f"simulate:{bad}",

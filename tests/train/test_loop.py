@@ -21,6 +21,9 @@ from umup.train import loop
 from umup.train.loop import run_training
 from umup.train.step import evaluate, train_step
 
+# These decays are large so that their effect is seen.
+pytestmark = pytest.mark.filterwarnings("ignore:weight_decay. independent decay")
+
 BASE = {"hidden_size": 16}
 
 
@@ -67,7 +70,7 @@ def by_hand(plan, model, config, factor, coupled):
         rate = o.lr * p["lr"] * factor
         decay = o.weight_decay * p["weight_decay"] * (rate if coupled else factor)
         # At the first step the bias corrections undo (1 - beta): m = g, v = g^2.
-        stepped[name] = w * (1 - decay) - rate * g / (g.abs() + o.eps * p["eps"])
+        stepped[name] = w * (1 - decay) - rate * g / (g.abs() + 1e-8 * p["eps"])  # torch's epsilon
     return stepped
 
 
@@ -324,3 +327,9 @@ def test_a_replaced_token_file_is_another_corpus(tiny, tmp_path):
     np.zeros(4000, "<u2").tofile(path)
     with pytest.raises(CheckpointError, match="corpus has changed"):
         run_training(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["muon", "shampoo", "soap"])
+def test_optimizers_that_no_run_trains_with_are_named(tiny, name):
+    with pytest.raises(ConfigError, match=rf"^optimizer\.name: a run trains with adamw.*'{name}' has rules"):
+        run_training(tiny(optimizer={"name": name}))

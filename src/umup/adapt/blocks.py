@@ -15,7 +15,7 @@ from each other (a list of attentions and a list of MLPs count as two layers).
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from itertools import chain
 
@@ -73,10 +73,18 @@ def child_names(modules: Iterable[str]) -> dict[str, list[str]]:
     return children
 
 
-def find_blocks(modules: Mapping[str, nn.Module], readings: Mapping[str, Reading]) -> Blocks:
-    """Blocks and writers of a model, from its modules and its parameters' readings, both by full name."""
+def find_blocks(
+    modules: Mapping[str, nn.Module],
+    readings: Mapping[str, Reading],
+    told: Set[str] = frozenset(),
+    others: Set[str] = frozenset(),
+) -> Blocks:
+    """Blocks and writers of a model, from its modules and its parameters' readings, both by full name.
+
+    told: parameters that write, whatever their names say; others: parameters that do not.
+    """
     children = child_names(modules)
-    claimed = _claimed_writers(modules, readings)
+    claimed = _claimed_writers(modules, readings) - others | told
     groups = list(_groups(modules, children))
     chosen = _innermost(groups, claimed) or _outermost([g for g in groups if len(g) > 1], modules)
     members = set(chain.from_iterable(chosen))

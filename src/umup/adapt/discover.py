@@ -26,7 +26,7 @@ from math import prod
 from torch import nn
 
 from umup.adapt.blocks import Blocks, find_blocks, parent, prefixes
-from umup.adapt.pairing import Growth, Pair, growth, pair, survey
+from umup.adapt.pairing import Growth, Pair, growth, lone_sides, pair, survey, unsure_writers
 from umup.adapt.readings import Kind
 from umup.adapt.sharing import check_shared, shared_names
 from umup.errors import PlanError, did_you_mean
@@ -53,6 +53,12 @@ REFUSED = (
         re.compile(r"^(router|experts)$"),
     ),
     (
+        "a parametrization (weight_norm and the like)",
+        "no plan knows its parts; first torch.nn.utils.parametrize.remove_parametrizations(module, name)",
+        re.compile(r"^ParametrizationList$"),
+        re.compile(r"(?!)"),
+    ),
+    (
         "a state-space or linear-attention layer",
         NO_RULE,
         re.compile(r"Mamba|(?<![A-Z])(SSM|S4D?)(?![a-z])|R[Ww][Kk][Vv]|DeltaNet"),
@@ -73,7 +79,9 @@ class Discovery:
     `head_dims` maps attention modules whose head size differs to (target, base). `own_factors` maps parameters to what
     the forward around them multiplies by, (target, base), for a plan to divide out. `fused` maps weights and biases
     that stack equal matrices along fan_out to their number; their fan_out is that of one part. `unwritten` names blocks
-    in which no HIDDEN_OUT was found: depth rules would miss them. `compared` is False if growth was guessed.
+    in which no HIDDEN_OUT was found, and `unsure` hidden matrices that may write to the stream beside one that does:
+    depth rules would miss them. `lone` maps matrices to a side, (target, base), that grows as no other layer's does;
+    `unknown_heads` names attention modules whose head size was not found. `compared` is False if growth was guessed.
     """
 
     params: tuple[ParamSpec, ...]
@@ -84,6 +92,9 @@ class Discovery:
     own_factors: Mapping[str, tuple[float, float]]
     fused: Mapping[str, int]
     unwritten: tuple[str, ...]
+    unsure: tuple[str, ...]
+    lone: Mapping[str, tuple[int, int]]
+    unknown_heads: tuple[str, ...]
     compared: bool
 
 
@@ -101,7 +112,8 @@ def discover(
     target = survey(model)
     chosen = _overrides(overrides or {}, target.readings)
     _refuse_unruled(target.modules, (name for name in target.readings if name not in chosen))
-    blocks = find_blocks(target.modules, target.readings)
+    writers = {name for name, role in chosen.items() if role is Role.HIDDEN_OUT}
+    blocks = find_blocks(target.modules, target.readings, writers, chosen.keys() - writers)
     pairing = pair(target, target if base is None else survey(base), blocks)
     shared = shared_names(target.parameters)
     pairs = _informed(pairing.pairs(), shared)
@@ -127,6 +139,9 @@ def discover(
         own_factors=pairing.own_factors(),
         fused={name: r.parts for name, (r, _) in pairs.items() if r.parts > 1},
         unwritten=blocks.unwritten,
+        unsure=tuple(name for name in unsure_writers(pairs, grows, blocks) if name not in chosen),
+        lone={name: side for name, side in lone_sides(pairs, grows, blocks).items() if name not in chosen},
+        unknown_heads=pairing.unknown_heads(grows),
         compared=grows.compared,
     )
 

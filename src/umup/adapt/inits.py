@@ -3,7 +3,8 @@
 muP scales a weight from its *base* size, so one must know how the module's own init varies with width: torch's default
 falls as 1/sqrt(fan_in) by itself, GPT-2's normal(0.02) does not. All layers' copies of a parameter are tested together
 against the laws below; a matrix that writes to the residual stream is first held against those of the other matrices
-over sqrt(2L) and the like. What fits nothing is no fresh init: a checkpoint was loaded, weights were trained.
+over sqrt(2L) and the like. Large parameters come first, and small ones, to which many laws fit, get the law of a larger
+one if they can. What fits nothing is no fresh init: a checkpoint was loaded, weights were trained.
 
 A round number fits much by accident if few weights were drawn, and counts only where enough were. So small parameters
 of unusual inits must be told (`inits={pattern: 0.0137}`), and tiny ones may get a law that gives nearly the same std.
@@ -81,6 +82,9 @@ LAWS: Mapping[str, Init] = {
         *(_over_root(head_dim) for head_dim in (16, 32, 64, 128)),
     )
 }
+NEVER_UNIFORM = ("orthogonal", "small", "lecun/")
+# The only law of fans that a bias has: torch.nn.init's want two sides.
+DEFAULT = LAWS["torch_default"]
 ZERO, CONSTANT = (Init(name, lambda spec, layers: 0.0) for name in ("zero", "constant"))
 # Stds that are usual enough to be believed of few weights: nn.Embedding's, GPT-2's, and that of older networks.
 USUAL_STDS = (1.0, 0.02, 0.01)
@@ -96,6 +100,8 @@ DEPTH: Mapping[str, Callable[[int, int], float]] = {
 CUTS = ((2, 0.8796256610342398, 1_000), (3, 0.9865783925581086, 10_000))
 # In standard deviations of the measure: five are a coincidence of one in a million, three a rare one.
 DEVIATIONS, FEW_DEVIATIONS = 5.0, 3.0
+# From so many weights on, a sample that looks uniform is.
+SURELY = 256
 # How probable it may be that a round number fits by accident; and fewer weights than these fit what is nearest.
 ACCIDENT, TINY = 0.25, 32
 
@@ -134,14 +140,24 @@ def identify(samples: Mapping[str, Sample], num_layers: int, inits: Mapping[str,
     for name, sample in samples.items():
         if name not in laws:
             groups[LAYER.sub("*", name), given.get(name)].append(sample)
-    # Residual outputs last: what the other matrices are drawn by tells of them.
-    for (pattern, init), members in sorted(groups.items(), key=lambda g: g[1][0].spec.role is Role.HIDDEN_OUT):
+    seen: dict[str, Init] = {}
+    for (pattern, init), members in sorted(groups.items(), key=lambda group: _order(group[1])):
         hidden = {law.name: law for name, law in laws.items() if samples[name].spec.role is Role.HIDDEN}
-        law = _fitting(members, num_layers, init, hidden.values())
+        weight = laws.get(members[0].spec.name.removesuffix("bias") + "weight")
+        default_weight = weight is not None and weight.name == DEFAULT.name
+        law = _fitting(members, num_layers, init, hidden.values(), seen.values(), default_weight)
         if law is None:
             raise _unknown(pattern, members[0], init, num_layers)
         laws.update(dict.fromkeys((s.spec.name for s in members), law))
+        if init is None and len(members[0].spec.shape) > 1:
+            seen[law.name] = law
     return laws
+
+
+def _order(members: list[Sample]) -> tuple[bool, bool, int]:
+    """Vectors after matrices, and residual outputs after the others, which tell of them; then by size."""
+    spec = members[0].spec
+    return len(spec.shape) < 2, spec.role is Role.HIDDEN_OUT, -_elements(members)
 
 
 def _unknown(pattern: str, sample: Sample, init: Init | None, layers: int) -> PlanError:
@@ -165,19 +181,36 @@ def _given(inits: Mapping[str, str | float], names: Iterable[str]) -> dict[str, 
     return found
 
 
-def _fitting(members: list[Sample], layers: int, init: Init | None, hidden: Iterable[Init]) -> Init | None:
+def _fitting(
+    members: list[Sample],
+    layers: int,
+    init: Init | None,
+    hidden: Iterable[Init],
+    seen: Iterable[Init],
+    default_weight: bool,
+) -> Init | None:
     if init is not None:
         return _closest(members, layers, [init], DEVIATIONS)
-    usual = _cut([*LAWS.values(), *map(told, USUAL_STDS)], members)
+    vector, at_most = len(members[0].spec.shape) < 2, DEVIATIONS if _elements(members) >= TINY else inf
+    if vector and default_weight and (law := _closest(members, layers, [DEFAULT], at_most)):
+        return law
+    usual = _cut(_possible([DEFAULT] if vector else LAWS.values(), members), members)
     by_depth = _over_depth(hidden)
     return (
         (_closest(members, layers, by_depth, FEW_DEVIATIONS) if members[0].spec.role is Role.HIDDEN_OUT else None)
+        or (None if vector else _closest(members, layers, seen, FEW_DEVIATIONS))
         or _closest(members, layers, usual, FEW_DEVIATIONS)
         or _closest(members, layers, _round_numbers(members), FEW_DEVIATIONS)
         # A gate may be drawn like its residual output, and three deviations happen.
         or (_closest(members, layers, by_depth, FEW_DEVIATIONS) if members[0].spec.on_residual else None)
-        or _closest(members, layers, usual, DEVIATIONS if _elements(members) >= TINY else inf)
+        or _closest(members, layers, usual, at_most)
     )
+
+
+def _possible(laws: Iterable[Init], members: list[Sample]) -> list[Init]:
+    if not (_uniform(members) and _elements(members) >= SURELY):
+        return [*laws, *map(told, USUAL_STDS)]
+    return [law for law in laws if not law.name.startswith(NEVER_UNIFORM)]
 
 
 def _closest(members: list[Sample], layers: int, candidates: Iterable[Init], within: float) -> Init | None:

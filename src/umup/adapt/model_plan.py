@@ -2,7 +2,7 @@
 
     plan = umup.plan(model, base=GPT(width=256), scheme="mup", optimizer="adamw")
     plan.apply(model)                                                   # rescales the fresh init, once
-    optimizer = torch.optim.AdamW(plan.param_groups(model, lr=3e-3, weight_decay=0.1))
+    optimizer = torch.optim.AdamW(plan.param_groups(model, lr=3e-3, weight_decay=3e-4))
 
 A weight's multiplier is folded into its init and rate (the abc-symmetry), so that the module's forward stays as it is;
 a residual branch's factor is folded into the matrices that write to the stream. Two things cannot be folded and become
@@ -33,7 +33,9 @@ from umup.adapt.discover import Discovery, discover
 from umup.adapt.unit_scale import UnitScaled
 from umup.errors import PlanError
 from umup.optim.groups import param_groups
+from umup.rules.optimizers import OPTIMIZERS
 from umup.rules.plan import USE_QUANTITIES, ParamPlan, Plan, make_plan
+from umup.rules.precision import LAYER
 from umup.rules.roles import Architecture, OpKind, OpSite, ParamSpec, Role, Sizes
 from umup.rules.schemes import Scheme
 from umup.rules.schemes import scheme as find_scheme
@@ -50,6 +52,8 @@ OWN = {
     "alpha_attn": "the softmax scale is the module's own; change it there",
 }
 RATE_TOLERANCE = 1e-6
+# Optimizer classes, in lower case, where a family's name and that of its `rest` do not say them.
+CLASSES = {"adam": ("adamw",), "muon_match_rms_adamw": ("muon", "adamw")}
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,11 @@ class ModelPlan:
         return param_groups(self.folded, self._stored(model), lr=lr, weight_decay=weight_decay, eps=eps, part=part)
 
     def guard(self, optimizer: torch.optim.Optimizer) -> None:
-        """From now on a step raises PlanError if a scheduler wrote rates instead of multiplying the plan's."""
+        """From now on a step raises PlanError if a scheduler wrote rates instead of multiplying the plan's.
+
+        Raises PlanError now if the optimizer is of a family that the plan was not made for.
+        """
+        _check_family(self.folded.optimizer, optimizer)
 
         def check(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             first = [(g["names"][0], g["lr"]) for g in optimizer.param_groups]
@@ -122,6 +130,19 @@ class ModelPlan:
         return ((name, p) for name, p in parameters.items() if name not in uses)
 
 
+def _check_family(planned: str, optimizer: torch.optim.Optimizer) -> None:
+    """Classes of other libraries may be fused forms of a family, and pass."""
+    found = type(optimizer).__name__.lower()
+    if found == "adam" and all(g["decoupled_weight_decay"] or not g["weight_decay"] for g in optimizer.param_groups):
+        found = "adamw"
+    known = found in OPTIMIZERS or type(optimizer).__module__.startswith("torch.optim")
+    if known and found not in CLASSES.get(planned, (planned, OPTIMIZERS[planned].rest)):
+        raise PlanError(
+            f"guard: the plan is for {planned!r}, whose rates are not those of {type(optimizer).__name__}; "
+            f"train with that family, or write umup.plan(..., optimizer=<one of {', '.join(OPTIMIZERS)}>)"
+        )
+
+
 def _unwrapped(name: str) -> str:
     return WRAPPERS.sub("", f".{name}").removeprefix(".")
 
@@ -134,7 +155,7 @@ def plan(
     optimizer: str = "adamw",
     independent_weight_decay: bool = True,
     hparams: Mapping[str, float] | None = None,
-    options: Mapping[str, str] | None = None,
+    options: Mapping[str, str | float] | None = None,
     overrides: Mapping[str, str] | None = None,
 ) -> ModelPlan:
     """The plan of a model: role, init, rate, epsilon and decay of every parameter under a scheme and an optimizer.
@@ -218,6 +239,12 @@ def _into_writers(made: Plan, found: Discovery) -> Plan:
             f"plan: scheme {made.scheme!r} weighs residual branches, and no matrix of {found.unwritten[0]} is known to "
             "write to the stream; write overrides={'<its output projection>.weight': 'hidden_out'}"
         )
+    if found.unsure:
+        pattern = LAYER.sub("*", found.unsure[0])
+        raise PlanError(
+            f"plan: scheme {made.scheme!r} weighs residual branches, and {found.unsure[0]} may write to the stream "
+            f"unknown; write overrides={{{pattern!r}: 'hidden_out'}} if it does, 'hidden' if it does not"
+        )
     writers = {name for name, p in made.params.items() if p.spec.role is Role.HIDDEN_OUT}
     modules = {name.rpartition(".")[0] for name in writers}
     biases = {n for n, p in made.params.items() if p.spec.role is Role.BIAS and n.rpartition(".")[0] in modules}
@@ -246,13 +273,24 @@ def _around_own_factors(made: Plan, found: Discovery, relative: bool) -> Plan:
     return made
 
 
-def _notes(found: Discovery, compared: bool) -> tuple[str, ...]:
-    if not compared:
-        return ("there is no second width to compare with: roles were guessed from names, shapes and classes",)
+def _notes(found: Discovery, has_base: bool) -> tuple[str, ...]:
+    notes = []
+    if not found.compared:
+        notes.append("there is no second width to compare with: roles were guessed from names, shapes and classes")
     pairs = [(p, b) for p, b in zip(found.params, found.base, strict=True) if p.shape != b.shape]
-    if not pairs and found.num_layers == found.base_num_layers:
+    if has_base and not pairs and found.num_layers == found.base_num_layers:
         warnings.warn("umup.plan: base and model have the same shapes, so the plan changes nothing", stacklevel=3)
-        return ("base and model have the same shapes",)
-    if any(b.fan_in > p.fan_in or b.fan_out > p.fan_out for p, b in pairs):
-        return ("the base is wider than the model: rates and inits grow",)
-    return ()
+        notes.append("base and model have the same shapes")
+    if found.compared and any(b.fan_in > p.fan_in or b.fan_out > p.fan_out for p, b in pairs):
+        notes.append("the base is wider than the model: rates and inits grow")
+    for name, (size, base_size) in found.lone.items():
+        notes.append(
+            f"{name}: a side of {size} here and {base_size} in the base counts as a width, by a ratio that no other "
+            "layer has; if it is no width (classes, vocabulary, features), give the base the same or override the role"
+        )
+    for name in dict.fromkeys(LAYER.sub("*", name) for name in found.unknown_heads):
+        notes.append(
+            f"head size of {name or 'the model'} is not known; if it grows, keep it there as self.head_dim, for the "
+            "softmax scale to follow"
+        )
+    return tuple(notes)

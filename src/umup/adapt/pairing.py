@@ -10,12 +10,14 @@ and embeddings, and those that one matrix puts out and another takes in, the mod
 """
 
 import re
-from collections.abc import Callable, Container, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from umup.adapt.blocks import Blocks, child_names, prefixes
+from umup.adapt.blocks import Blocks, child_names, parent, prefixes
 from umup.adapt.readings import Kind, Reading, own_factors, read_module
 from umup.errors import PlanError
 
@@ -29,6 +31,8 @@ WIDTH_AND_HEADS = (
     *(("n_embd", "n_head"), ("d_model", "num_heads"), ("d_model", "n_heads"), ("dim", "num_heads"), ("dim", "n_heads")),
 )
 _ATTENTION = re.compile(r"atten|attn", re.IGNORECASE)
+# Classes that put a prefix in front of their module's names.
+WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,40 @@ class Survey:
 
 
 def survey(model: nn.Module) -> Survey:
-    """Read every parameter of a model, on any device."""
+    """Read every parameter of a model, on any device. Raises PlanError for wrapped models and unreadable parameters."""
     modules = dict(model.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
+        if type(module).__name__ in WRAPPERS:
+            raise PlanError(
+                f"{name or 'the model'} is wrapped in {type(module).__name__}: plan and apply before wrapping; "
+                "param_groups takes the wrapped model"
+            )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, p in parameters.items():
+        _check_readable(name, p, parameters)
     readings = {n: r for name, module in modules.items() for n, r in read_module(name, module).items()}
-    return Survey(modules, dict(model.named_parameters(remove_duplicate=False)), readings)
+    return Survey(modules, parameters, readings)
+
+
+def _check_readable(name: str, p: nn.Parameter, others: Container[str]) -> None:
+    if is_lazy(p):
+        raise PlanError(f"{name} is lazy and has no shape yet; run one batch first, through model and base")
+    if p.is_complex():
+        raise PlanError(f"{name} is complex, and no rule covers that; store its real and imaginary parts")
+    if name.endswith("_g") and f"{name[:-1]}v" in others:
+        raise PlanError(f"{name} is a part of weight_norm, which no plan knows; first remove_weight_norm(module)")
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Whether a size grows with width; `compared` is False where the base did not tell and it was guessed."""
+
+    compared: bool
+    test: Callable[[int, int], bool]
+
+    def __call__(self, size: int, base: int) -> bool:
+        """A size in the model, and the same in the base."""
+        return self.test(size, base)
 
 
 @dataclass(frozen=True)
@@ -80,13 +114,22 @@ class Pairing:
 
     def head_dims(self) -> dict[str, tuple[int, int]]:
         """Attention modules whose head size differs -> (target, base)."""
+        return {n: (a, b) for n, (a, b) in self._heads().items() if a is not None and b is not None and a != b}
+
+    def unknown_heads(self, grows: Growth) -> tuple[str, ...]:
+        """Attention modules with two or more growing matrices of their own and no head size that is known."""
+        matrices: dict[str, int] = defaultdict(int)
+        for name, (a, b) in self.pairs().items():
+            if a.kind is Kind.MATRIX and (grows(a.features_in, b.features_in) or grows(a.fan_out, b.fan_out)):
+                matrices[parent(parent(name))] += 1
+        return tuple(name for name, sizes in self._heads().items() if None in sizes and matrices[name] > 1)
+
+    def _heads(self) -> dict[str, tuple[int | None, int | None]]:
         found = {}
         for name, module in self.target.modules.items():
             other = self._counterpart(name, self.base.modules)
             if other is not None and _ATTENTION.search(f"{name.rpartition('.')[2]} {type(module).__name__}"):
-                sizes = _head_dim(module), _head_dim(self.base.modules[other])
-                if sizes[0] is not None and sizes[1] is not None and sizes[0] != sizes[1]:
-                    found[name] = (sizes[0], sizes[1])
+                found[name] = (_head_dim(module), _head_dim(self.base.modules[other]))
         return found
 
     def own_factors(self) -> dict[str, tuple[float, float]]:
@@ -116,18 +159,6 @@ def pair(target: Survey, base: Survey, blocks: Blocks) -> Pairing:
     return Pairing(target, base, blocks, base_blocks)
 
 
-@dataclass(frozen=True)
-class Growth:
-    """Whether a size grows with width; `compared` is False where the base did not tell and it was guessed."""
-
-    compared: bool
-    test: Callable[[int, int], bool]
-
-    def __call__(self, size: int, base: int) -> bool:
-        """A size in the model, and the same in the base."""
-        return self.test(size, base)
-
-
 def growth(pairs: Mapping[str, Pair]) -> Growth:
     """Tell widths from fixed sizes by the pairs (see the module's docstring)."""
     tables = [p for p in pairs.values() if p[0].kind is Kind.TABLE]
@@ -141,6 +172,33 @@ def growth(pairs: Mapping[str, Pair]) -> Growth:
     ends = {matrices[0].features_in, matrices[-1].fan_out} if matrices else set()
     widths = {width for width, _ in streams} | (passed_on - ends)
     return Growth(False, lambda size, base: size in widths)
+
+
+def unsure_writers(pairs: Mapping[str, Pair], grows: Growth, blocks: Blocks) -> Iterator[str]:
+    """Matrices that may write to the stream unknown, beside one that is known to.
+
+    Such a matrix puts out as much as the known one of its block and takes in another growing width.
+    """
+    streams = {(blocks.block_of(name), pairs[name][0].fan_out) for name in blocks.writers}
+    for name, (a, b) in pairs.items():
+        matrix = a.kind is Kind.MATRIX and name not in blocks.writers
+        wide = a.features_in != a.fan_out and grows(a.features_in, b.features_in) and grows(a.fan_out, b.fan_out)
+        if matrix and wide and (blocks.block_of(name), a.fan_out) in streams:
+            yield name
+
+
+def lone_sides(pairs: Mapping[str, Pair], grows: Growth, blocks: Blocks) -> dict[str, tuple[int, int]]:
+    """Matrices outside the blocks with two growing sides, one of them by a ratio that no other layer's side has."""
+    layers: dict[float, set[str]] = defaultdict(set)
+    grown = {}
+    for name, (a, b) in pairs.items():
+        sides = [s for s in ((a.features_in, b.features_in), (a.fan_out, b.fan_out)) if grows(*s)]
+        for size, base in sides:
+            layers[size / base].add(parent(name))
+        if a.kind is Kind.MATRIX and len(sides) == 2 and blocks.block_of(name) is None:
+            grown[name] = sides
+    alone = {name: [(s, b) for s, b in sides if layers[s / b] == {parent(name)}] for name, sides in grown.items()}
+    return {name: sides[0] for name, sides in alone.items() if len(sides) == 1}
 
 
 def _own_factors(model: Survey) -> dict[str, float]:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from umup.adapt.unit_ops import LINEAR, NORM, in_place
+from umup.adapt.unit_ops import CROSS_ENTROPY, LINEAR, MSE, NORM, in_place
 from umup.adapt.unit_products import Factors, run_encoded
 from umup.adapt.unit_trace import NEUTRAL, NORMALISING, Node, known_op, trace
 from umup.errors import PlanError
@@ -243,6 +243,8 @@ def _describe(module: nn.Module, nodes: list[Node]) -> str:
     if plain:
         lines.append("not covered, runs as it is:")
         lines += [f"  {name:20} {len(where):5}  {_places(where)}" for name, where in plain.items()]
+    if not any(node.op in (CROSS_ENTROPY, MSE) for node in nodes):
+        lines.append("no loss inside: gradients are not unit-scaled; put the loss in forward")
     read = {name for node in nodes if node.covered for name in _parameters(nodes, node)}
     others = [name for name, _ in module.named_parameters() if name not in read]
     if others:

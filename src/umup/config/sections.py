@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from umup.errors import ConfigError
+from umup.rules.hparams import choice_name
 from umup.rules.precision import Scales, find_recipe
 
 Positive = Annotated[int, Field(gt=0)]
@@ -75,7 +76,7 @@ class ParametrizationConfig(Section):
     """parametrization: sp, mup, umup, completep, ... (`umup rules` lists them)"""
     hparams: dict[str, float] = Field(default_factory=dict)
     """the scheme's multipliers that differ from their defaults"""
-    options: dict[str, str] = Field(default_factory=dict)
+    options: dict[str, Annotated[str, BeforeValidator(choice_name)]] = Field(default_factory=dict)
     """contested choices that differ from their defaults"""
     base: BaseShape | None = None
     """base shape, for schemes that are relative to one"""

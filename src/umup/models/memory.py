@@ -60,7 +60,7 @@ def memory_table(config: RunConfig) -> list[MemoryRow]:
     plan = plan_for(config)
     if config.optimizer.name not in STATE:
         raise ConfigError(
-            f"optimizer.name: the memory of {config.optimizer.name!r} is not known here; known: {list(STATE)}"
+            f"optimizer.name: the memory of {config.optimizer.name!r} is not known here; known: {', '.join(STATE)}"
         )
     shapes = [p.spec.shape for p in plan.stored.values()]
     count = sum(map(prod, shapes))

@@ -39,11 +39,7 @@ def make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> tor
     Parameters must already be of `master_dtype`. Raises ConfigError for families that torch has no single class for,
     and for bfloat16 moments or parameters of another optimizer than AdamW.
     """
-    if config.name not in TORCH:
-        raise ConfigError(
-            f"optimizer.name: a run trains with {', '.join(TORCH)}; {config.name!r} has rules (`umup explain`) for a "
-            "loop of your own (umup.plan)"
-        )
+    check_name(config)
     if config.state_dtype == config.master_dtype == "fp32":
         return TORCH[config.name](config, groups)
     if config.name != "adamw":
@@ -51,6 +47,15 @@ def make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> tor
             f"optimizer: state_dtype and master_dtype bf16 are AdamW's; write fp32 for both, or not {config.name!r}"
         )
     return AdamW(groups, betas=config.betas, state_dtype=STATE_DTYPES[config.state_dtype])
+
+
+def check_name(config: OptimizerConfig) -> None:
+    """Raises ConfigError for families that torch has no single class for."""
+    if config.name not in TORCH:
+        raise ConfigError(
+            f"optimizer.name: a run trains with {', '.join(TORCH)}; {config.name!r} has rules (`umup explain`) for a "
+            "loop of your own (umup.plan)"
+        )
 
 
 TORCH: Mapping[str, Callable[[OptimizerConfig, list[dict[str, Any]]], torch.optim.Optimizer]] = {

@@ -6,6 +6,7 @@ says so). An option is a choice on which public sources disagree; its default an
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 
 from umup.errors import PlanError, did_you_mean
 from umup.rules.monomial import Monomial
@@ -72,6 +73,8 @@ def resolve_hparams(scheme: str, known: tuple[HParam, ...], given: Mapping[str, 
         if name not in values:
             tail = did_you_mean(name, values)
             raise PlanError(f"parametrization.hparams: scheme {scheme!r} has no hyperparameter {name!r}; {tail}")
+        if not isinstance(value, Real):
+            raise PlanError(f"parametrization.hparams.{name}: must be a number, not {type(value).__name__} {value!r}")
         if not 1e-6 <= value <= largest[name]:
             allowed = f"1e-6 to {largest[name]:g}"
             raise PlanError(f"parametrization.hparams.{name}: must be a positive number, not {value} ({allowed})")
@@ -79,11 +82,12 @@ def resolve_hparams(scheme: str, known: tuple[HParam, ...], given: Mapping[str, 
     return values
 
 
-def resolve_options(scheme: str, known: tuple[Option, ...], given: Mapping[str, str]) -> dict[str, str]:
-    """Default choices overlaid with what the user gave; unknown names and choices are PlanErrors."""
+def resolve_options(scheme: str, known: tuple[Option, ...], given: Mapping[str, str | float]) -> dict[str, str]:
+    """Default choices overlaid with what the user gave, as names or numbers; unknown ones are PlanErrors."""
     options = {o.name: o for o in known}
     chosen = {o.name: o.default for o in known}
-    for name, choice in given.items():
+    for name, value in given.items():
+        choice = choice_name(value)
         if name not in options:
             tail = did_you_mean(name, options) if options else "it has none"
             raise PlanError(f"parametrization.options: scheme {scheme!r} has no option {name!r}; {tail}")
@@ -92,3 +96,8 @@ def resolve_options(scheme: str, known: tuple[Option, ...], given: Mapping[str, 
             raise PlanError(f"parametrization.options.{name}: unknown choice {choice!r}; {tail}")
         chosen[name] = choice
     return chosen
+
+
+def choice_name(value: str | float) -> str:
+    """An option's choice as the tables spell it: 0.5 is "0.5", 1 and 1.0 are "1"."""
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)

@@ -225,7 +225,7 @@ def make_plan(
     optimizer: str = "adamw",
     independent_weight_decay: bool = True,
     hparams: Mapping[str, float] | None = None,
-    options: Mapping[str, str] | None = None,
+    options: Mapping[str, str | float] | None = None,
 ) -> Plan:
     """Apply a scheme's table to an architecture.
 

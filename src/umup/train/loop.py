@@ -17,7 +17,7 @@ from umup.data.tokens import TokenFiles, prepare
 from umup.errors import CheckpointError
 from umup.models.build import build
 from umup.models.specs import plan_for
-from umup.optim.adamw import make_optimizer
+from umup.optim.adamw import check_name, make_optimizer
 from umup.optim.groups import load_state_tensors, param_groups, state_tensors
 from umup.optim.schedule import apply_factor, factor
 from umup.train.metrics import Metrics, append_metrics, final_losses, rewind_metrics
@@ -54,6 +54,7 @@ def run_training(
     t = config.train
 
     # 1. the plan, and the data it needs
+    check_name(config.optimizer)
     plan = plan_for(config)
     device = device_of(config)
     seq_len = config.model.max_seq_len
