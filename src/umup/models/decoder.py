@@ -196,7 +196,7 @@ class LearnedPositions(nn.Module):
 
     def forward(self, x: Tensor, start: int) -> Tensor:
         """(B, S, C) at positions start..start+S-1."""
-        ids = torch.arange(start, start + x.shape[-2], device=x.device)
+        ids = torch.arange(start, start + x.shape[-2], device=x.device).view(*[1] * (x.ndim - 2), -1)
         return add(
             x, embedding(ids, self.weight, self._scales.multiplier, self._scales.grad_weight).to(x.dtype), self.output
         )

@@ -93,7 +93,7 @@ def project(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
     for matmul, members in groups.items():
         weights = [linears[i].weight for i in members]
         if matmul.joins:
-            parts = matmul(x, *weights).split([len(w) for w in weights], -1)
+            parts = matmul(x, *weights).split([w.shape[-2] for w in weights], -1)
         else:
             parts = [matmul(x, w) for w in weights]
         found |= {i: linears[i].add_bias(y) for i, y in zip(members, parts, strict=True)}

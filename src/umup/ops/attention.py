@@ -11,6 +11,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, logits: float, output: float, dro
     q: (..., heads, queries, head_dim); k, v: (..., kv_heads, keys, head_dim), keys >= queries: the queries are the
     last positions, as in decoding with a cache. Heads share keys in consecutive groups when kv_heads < heads.
     """
+    if q.ndim > 4:  # SDPA's fast kernels know one batch axis
+        rows = attention(q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4), logits, output, dropout)
+        return rows.view(q.shape)
     queries, keys = q.shape[-2], k.shape[-2]
     mask = None
     if 1 < queries < keys:

@@ -1,0 +1,266 @@
+"""Stacked runs are the separate runs, and one that diverges touches no other."""
+
+import functools
+import importlib.util
+import sys
+from math import inf, isfinite, nan
+from pathlib import Path
+
+import pytest
+import torch
+
+from umup.config.load import parse_config
+from umup.data.batches import Batches
+from umup.data.tokens import prepare
+from umup.errors import ConfigError, DivergedError
+from umup.models.build import build
+from umup.models.specs import plan_for
+from umup.models.stacked import build_stacked, stacked_loss
+from umup.study.stacked import BLOCK, Stack, adamw_, member_batches, run_stacked, stack_key, unstackable
+from umup.train.loop import run_training
+
+CPU = torch.device("cpu")
+RATES = {"sp": 2.0**-8, "mup": 2.0**-7, "umup": 0.5}
+no_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler raises some of its own
+OPTIONS = {"mup": {"base": {"hidden_size": 16}}}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """(scheme, lr in octaves from a sound rate, sections as keywords) -> a config whose steps take milliseconds."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(3):
+        (folder / f"{i}.py").write_text("\n".join(f"def f{j}(x):\n    return {i} * x + {j}\n" for j in range(300)))
+    body = {
+        "model": {"hidden_size": 32, "num_layers": 2, "head_dim": 8, "max_seq_len": 16},
+        "data": {"source": str(folder), "cache_dir": str(tmp_path_factory.mktemp("cache"))},
+        "schedule": {"warmup_steps": 2},
+        "train": {"steps": 10, "batch_size": 4, "eval_batches": 2, "device": "cpu"},
+    }
+
+    def make(scheme="umup", octaves=0, **sections):
+        parametrization = {"parametrization": {"scheme": scheme, **OPTIONS.get(scheme, {})}}
+        whole = {**body, **parametrization, "optimizer": {"lr": RATES[scheme] * 2.0**octaves}}
+        return parse_config({n: {**whole.get(n, {}), **sections.get(n, {})} for n in {**whole, **sections}})
+
+    return make
+
+
+def alone(config):
+    """(result, losses, gradient norms) of the run by itself; the result is None where it diverged."""
+    rows = []
+    try:
+        result = run_training(config, observe=rows.append)
+    except DivergedError:
+        result = None
+    return result, [m.train_loss for m in rows], [m.grad_norm for m in rows]
+
+
+def check_against_separate_runs(configs, rel=1e-4):
+    for config, run in zip(configs, run_stacked(configs), strict=True):
+        result, losses, norms = alone(config)
+        assert run.losses == pytest.approx(losses, rel=rel)
+        assert run.grad_norms == pytest.approx(norms, rel=10 * rel)
+        assert (run.val_loss, run.train_loss) == pytest.approx((result.val_loss, result.train_loss), rel=rel)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("scheme", RATES)
+def test_every_member_is_the_separate_run(tiny, family, scheme):
+    model = {"family": family}
+    check_against_separate_runs(
+        [
+            tiny(scheme, model=model),
+            tiny(scheme, 1, model=model, train={"seed": 1}),
+            tiny(scheme, -2, model=model, optimizer={"weight_decay": 0.01}),
+        ]
+    )
+
+
+VARIANTS = {
+    "clipping": {"train": {"grad_clip": 0.5}},
+    "microbatches, in more than one block": {"train": {"grad_accum": 2}},
+    "grouped keys, gains off": {"model": {"num_kv_heads": 2, "norm_gain": False}},
+    "coupled decay": {"optimizer": {"weight_decay": 0.5, "independent_weight_decay": False}},
+    "adam": {"optimizer": {"name": "adam", "weight_decay": 0.01, "eps": 1e-4, "betas": (0.8, 0.99)}},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_a_config_may_ask_for_holds_in_a_stack(tiny, name):
+    lone = VARIANTS[name]
+    check_against_separate_runs(
+        [tiny("sp", 1, **lone), tiny("sp", 0, **{**lone, "train": {**lone.get("train", {}), "seed": 3}})]
+    )
+
+
+def test_bfloat16_runs_stack_too(tiny):
+    half = {"precision": {"recipe": "bf16"}}
+    check_against_separate_runs([tiny(**half), tiny("umup", -1, **half)], rel=2e-2)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_losses_and_gradients_are_each_models_own_in_float64(tiny, family):
+    config = tiny(model={"family": family, "num_kv_heads": 2})
+    plan = plan_for(config)
+    stack = build_stacked(config, plan, (0, 5, 0)).double()
+    stack.dtype = torch.float64
+    tokens, targets = torch.randint(256, (2, 3, 4, 16))
+    losses = stacked_loss(stack)(tokens, targets)
+    losses.sum().backward()
+    for member, seed in enumerate((0, 5, 0)):
+        single = build(config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})}), plan)
+        single = single.double()
+        single.dtype = torch.float64
+        loss = single.loss(tokens[member], targets[member])
+        loss.backward()
+        torch.testing.assert_close(losses[member], loss, rtol=1e-10, atol=0)
+        together = dict(stack.named_parameters())
+        assert together.keys() == dict(single.named_parameters()).keys()  # tied ones are one
+        for name, p in single.named_parameters():
+            torch.testing.assert_close(together[name].grad[member], p.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_a_diverged_member_has_lost_and_touches_no_other(tiny):
+    def stack(octaves):
+        return [tiny("sp", 0), tiny("sp", octaves, train={"seed": 1}), tiny("sp", 1, train={"seed": 2})]
+
+    sound, broken = run_stacked(stack(0)), run_stacked(stack(100))
+    assert (broken[1].val_loss, broken[1].train_loss) == (inf, inf)
+    result, losses, norms = alone(stack(100)[1])
+    assert result is None
+    assert 0 < len(losses) < 10
+    assert (len(broken[1].losses), len(broken[1].grad_norms)) == (len(losses), len(norms))
+    assert all(map(isfinite, broken[1].losses + broken[1].grad_norms))
+    assert broken[0] == sound[0]
+    assert broken[2] == sound[2]
+    assert isfinite(sound[1].val_loss)
+
+
+def test_a_frozen_members_weights_stay_and_its_number_comes_from_no_later_step(tiny):
+    stack = Stack([tiny(), tiny(train={"seed": 1})], CPU)
+    batch = tuple(torch.randint(256, (2, 2, 4, 16)))
+    stack.step([batch], 1.0)
+    with torch.no_grad():
+        stack.model.embed.weight[1, 0, 0] = nan
+    before = {name: p.detach().clone() for name, p in stack.model.named_parameters()}
+    zeros = torch.zeros_like(batch[0])  # every member looks row 0 up
+    stack.step([(zeros, batch[1])], 1.0)
+    with torch.no_grad():
+        stack.model.embed.weight[1, 0, 0] = before["embed.weight"][1, 0, 0] = 0.0
+    stack.step([batch], 1.0)
+    assert stack.alive.tolist() == [True, False]
+    for name, p in stack.model.named_parameters():
+        assert torch.equal(p[1], before[name][1])
+        assert not torch.equal(p[0], before[name][0])
+    lives, froze = stack.results(torch.tensor([2.0, 2.0]))
+    assert (lives.val_loss, len(lives.losses)) == (2.0, 3)
+    assert (froze.val_loss, len(froze.losses)) == (inf, 1)
+
+
+@pytest.mark.parametrize("broken", [inf, nan])
+@pytest.mark.parametrize("clip", [0.0, 1e-3])
+def test_a_step_takes_no_gradient_that_is_no_number(broken, clip):
+    """Members: sound, a gradient that is no number, a loss that is no number, sound but frozen before."""
+    p, g = torch.ones(4, 3, 2), torch.ones(4, 3, 2)
+    g[1, 2, 0] = broken
+    alive = torch.tensor([True, True, True, False])
+    factors = torch.full((1, 4), 0.9), torch.full((1, 4), 0.1), torch.tensor(1.0)
+    moments, losses = [(torch.zeros_like(p), torch.zeros_like(p))], torch.tensor([1.0, 1.0, broken, 1.0])
+    numbers = {"betas": (0.0, 0.0), "epsilons": (0.0,), "grad_clip": clip}
+    norms = adamw_([p], [g], moments, alive, losses, *factors, **numbers)
+    assert alive.tolist() == [True, False, False, False]
+    assert norms[[0, 2, 3]].tolist() == pytest.approx([6**0.5] * 3)
+    torch.testing.assert_close(p[0], torch.full((3, 2), 0.9 - 0.1))
+    assert torch.equal(p[1:], torch.ones(3, 3, 2))
+
+
+def test_a_member_that_cannot_be_evaluated_has_lost(tiny):
+    stack = Stack([tiny(), tiny()], CPU)
+    stack.step([tuple(torch.randint(256, (2, 2, 4, 16)))], 1.0)
+    assert [run.val_loss for run in stack.results(torch.tensor([nan, 2.0]))] == [inf, 2.0]
+
+
+def test_members_read_their_own_seeds_batches_in_order(tiny):
+    configs = [tiny(train={"seed": seed, "steps": BLOCK + 3}) for seed in (4, 7, 4)]
+    files = prepare(configs[0].data, 256, configs[0].tokens_per_batch)
+    got = list(member_batches(configs, files))
+    assert len(got) == BLOCK + 3
+    for member, config in enumerate(configs):
+        own = Batches(files.train.load(), 4, 16, config.train.seed)
+        position = own.start()
+        for inputs, targets in got:
+            wanted, wanted_targets, position = own.next(position)
+            assert (inputs[member] == wanted).all()
+            assert (targets[member] == wanted_targets).all()
+
+
+@no_warnings
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_compiled_stack_is_the_eager_one(tiny, family, monkeypatch):
+    """Through the quick backend, which traces forward, backward and update as the slow one does."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+    def runs(compiled):
+        train = {"compile": compiled, "grad_clip": 0.5}
+        return run_stacked([tiny(model={"family": family}, train={**train, "seed": s}) for s in (0, 1)])
+
+    for mine, reference in zip(runs(True), runs(False), strict=True):
+        assert mine.losses == pytest.approx(reference.losses, rel=1e-5)
+        assert mine.val_loss == pytest.approx(reference.val_loss, rel=1e-5)
+
+
+@no_warnings
+def test_a_process_compiles_more_stacks_than_torch_keeps_by_default(tiny, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    for length in range(8, 13):  # of each a program that trains and one that evaluates
+        config = tiny(model={"max_seq_len": length, "num_layers": 1}, train={"compile": True, "steps": 3})
+        assert isfinite(run_stacked([config])[0].val_loss)
+
+
+REFUSED = {
+    "optimizer.name": {"optimizer": {"name": "sgd"}},
+    "state_dtype": {"optimizer": {"state_dtype": "bf16"}},
+    "master_dtype": {"optimizer": {"master_dtype": "bf16"}},
+    "model.dropout": {"model": {"dropout": 0.1}},
+    "precision": {"precision": {"recipe": "fp8", "backend": "emulate"}},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_stacked_is_refused_by_name(tiny, name):
+    config = tiny(**REFUSED[name])
+    assert name in unstackable(config)
+    with pytest.raises(ConfigError, match=name):
+        run_stacked([config, config])
+
+
+def test_members_may_differ_in_rate_decay_and_seed_alone(tiny):
+    one = tiny()
+    assert unstackable(one) is None
+    assert stack_key(one) == stack_key(tiny("umup", 1, optimizer={"weight_decay": 0.3}, train={"seed": 4}))
+    for field, sections in {
+        "parametrization.hparams": {"parametrization": {"hparams": {"alpha_attn_softmax": 2.0}}},
+        "model.hidden_size": {"model": {"hidden_size": 64}},
+        "train.steps": {"train": {"steps": 11}},
+    }.items():
+        other = tiny(**sections)
+        assert stack_key(one) != stack_key(other)
+        with pytest.raises(ConfigError, match=f"differ in {field}; .*optimizer.lr"):
+            run_stacked([one, other])
+
+
+def test_the_benchmark_prints_every_variant(capsys):
+    path = Path(__file__).parents[2] / "benchmarks" / "stacked_sweep.py"
+    spec = importlib.util.spec_from_file_location("stacked_sweep", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["stacked_sweep"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    size = ["--width", "16", "32", "--members", "2", "--depth", "1", "--tokens", "256", "--rounds", "2"]
+    module.main([*size, "--device", "cpu", "--eager"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["width", "one", "stacked"] * 2
+    for single, stacked in (lines[2:4], lines[5:7]):
+        assert float(single.split()[-1]) == pytest.approx(float(stacked.split()[-1]), abs=2e-4)
