@@ -39,6 +39,14 @@ def test_any_module_page_runs(monkeypatch, capsys):
     assert scope["keeper"].products
 
 
+def test_the_pages_of_the_checks_run(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    for page in ("docs/coord-check.md", "docs/transfer.md"):
+        for code in blocks("python", page):
+            exec(compile(code, page, "exec"), {"__name__": page})  # what takes minutes is under __main__
+    assert "PASS: mup over widths 64, 128, 256" in capsys.readouterr().out
+
+
 def test_readme_config_is_valid():
     for text in blocks("yaml"):
         assert plan_for(parse_config(read_yaml(text))).scheme == "umup"

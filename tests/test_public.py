@@ -10,6 +10,7 @@ from umup.config.sections import RunConfig
 def test_public_names():
     assert umup.__all__ == [
         "__version__",
+        "CheckPlan",
         "ConfigError",
         "InputError",
         "ModelPlan",
@@ -25,6 +26,7 @@ def test_public_names():
         "ScaleKeeper",
         "UmupError",
         "build",
+        "coord_check",
         "load_config",
         "load_run",
         "param_groups",
@@ -32,6 +34,7 @@ def test_public_names():
         "plan_for",
         "run_training",
         "to_fp8",
+        "transfer_check",
         "unit_scale",
     ]
 
@@ -48,7 +51,20 @@ def test_no_public_name_is_a_subpackage():
 
 
 def test_commands():
-    assert list(COMMANDS) == ["demo", "train", "generate", "data", "rules", "explain", "ranges", "bench"]
+    assert list(COMMANDS) == [
+        "demo",
+        "train",
+        "generate",
+        "data",
+        "rules",
+        "explain",
+        "coord-check",
+        "ranges",
+        "sweep",
+        "transfer-check",
+        "transfer",
+        "bench",
+    ]
 
 
 def test_config_sections():

@@ -27,8 +27,11 @@ _HOME = {
     "build": "umup.models.build",
     "param_groups": "umup.optim.groups",
     "run_training": "umup.train.loop",
+    "coord_check": "umup.study.coord_check",
     "ScaleKeeper": "umup.train.precision",
     "Sampling": "umup.inference.generate",
+    "CheckPlan": "umup.study.transfer_check",
+    "transfer_check": "umup.study.transfer_check",
     "load_run": "umup.inference.completion",
 }
 

@@ -13,7 +13,7 @@ from umup.errors import DivergedError
 
 if TYPE_CHECKING:
     from umup.study.demo import DemoPlan
-    from umup.study.planner import WidthTransfer
+    from umup.study.verdicts import TransferCheck
 
 PROMPT = "def "
 
@@ -58,7 +58,7 @@ def _story(out: Path, fast: bool, workers: int, as_json: bool) -> int:
     say(
         f"1. sweep: widths {', '.join(map(str, demo.widths))}, schemes {', '.join(demo.grids)}, {demo.steps} steps each"
     )
-    with worker_pool(workers) as pool, _bar("   trials") as observe:
+    with worker_pool(workers) as pool, trials_bar("   trials") as observe:
         transfers = sweep(demo, Runner(Journal(out / "trials.jsonl", corpus), pool, observe))
     write_csv(transfers, out / "transfer.csv")
     title = f"tuned at width {demo.proxy}; two layers, {demo.steps} steps of 1024 bytes of Python; bars: seeds"
@@ -88,7 +88,7 @@ def _story(out: Path, fast: bool, workers: int, as_json: bool) -> int:
 
 
 def _train_and_write(
-    demo: "DemoPlan", transfers: list["WidthTransfer"], out: Path, say: Callable[[str], None]
+    demo: "DemoPlan", transfers: list["TransferCheck"], out: Path, say: Callable[[str], None]
 ) -> dict[str, float]:
     """Train the widest in each scheme and print a sample of each; returns the losses of those that did not diverge."""
     from umup.cli.train import progress
@@ -115,7 +115,8 @@ def _train_and_write(
 
 
 @contextmanager
-def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
+def trials_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr for trials whose number grows; nothing off a terminal."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return

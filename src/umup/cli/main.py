@@ -18,7 +18,11 @@ COMMANDS = {
     "data": "tokenize a config's corpus once into a cached memory map",
     "rules": "schemes, hyperparameters, options, optimizers and horizon rules, with their sources",
     "explain": "the plan of a config: every number with its rule and source",
+    "coord-check": "is training the same at every width? a verdict, and the mistake if it is not",
     "ranges": "what a run's FP8 scales saw, and which products to spare",
+    "sweep": "hyperparameter search on a proxy; resumable, and many workers may join",
+    "transfer-check": "does a tuned value stay best over width, depth, batch or length: basins, drift, verdict",
+    "transfer": "a target's complete config from a finished sweep or run: moves with rules, warnings, cost",
     "bench": "the speed table of this machine: BF16, FP8, peers where installed; or whether FP8 pays for a config",
 }
 
@@ -48,14 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _complain(f"out of memory: {str(error).splitlines()[0]}", 3)
     except KeyboardInterrupt:
-        resumes = arguments[0] in ("train", "demo")
+        resumes = arguments[0] in ("train", "demo", "sweep", "transfer-check")
         return _complain("interrupted" + "; the same command goes on where it was" * resumes, 130)
 
 
 def _run(command: str, arguments: list[str]) -> int:
     if command not in COMMANDS:
         raise ConfigError(f"unknown command {command!r}; {did_you_mean(command, COMMANDS)}")
-    result: int = import_module(f"umup.cli.{command}").run(arguments)
+    result: int = import_module(f"umup.cli.{command.replace('-', '_')}").run(arguments)
     return result
 
 

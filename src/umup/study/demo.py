@@ -10,8 +10,10 @@ from math import isfinite
 
 from umup.config.load import parse_config
 from umup.config.sections import RunConfig
-from umup.study.planner import TOLERANCE, WidthTransfer, transfer_width
-from umup.study.search import Line, Runner, evaluate, search_lines
+from umup.study.planner import transfer_width
+from umup.study.search import Line, Runner
+from umup.study.transfer_check import measure
+from umup.study.verdicts import Tolerance, TransferCheck
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,12 @@ FAST = DemoPlan(
 )
 
 
+# The demo's grid has steps of an octave.
+TOLERANCE = Tolerance(drift=1.0)
 VERDICTS = {
-    "pass": "the optimum stays within one grid step of the proxy's",
-    "fail": f"the optimum moves by more than a grid step, which costs over {TOLERANCE} nats, and some in every seed",
-    "undecided": "the optimum moves by over a grid step at little cost, or seeds disagree, or it lies outside a grid",
+    "pass": f"the optimum stays within {TOLERANCE.drift:g} octave, not re-tuning costs up to {TOLERANCE.penalty} nats",
+    "fail": f"the optimum moves by over {TOLERANCE.drift:g} octave, or not re-tuning costs over {TOLERANCE.penalty}",
+    "undecided": "the seeds do not tell, or the optimum lies outside a grid",
 }
 
 
@@ -91,25 +95,21 @@ def at(demo: DemoPlan, scheme: str, width: int) -> Callable[[float, int], RunCon
     return make
 
 
-def sweep(demo: DemoPlan, runner: Runner) -> list[WidthTransfer]:
+def sweep(demo: DemoPlan, runner: Runner) -> list[TransferCheck]:
     """Search every line, then give each width the transferred rate's missing seeds."""
     labels = {f"{scheme}/{width}": (scheme, width) for width in demo.widths for scheme in demo.grids}
     makers = {label: at(demo, *key) for label, key in labels.items()}
-    lines = search_lines(runner, makers, {label: list(demo.grids[s]) for label, (s, _) in labels.items()}, demo.seeds)
-    points = {
-        label: {(x, s) for x, seeds in line.losses.items() for s in range(len(seeds))} for label, line in lines.items()
-    }
-    for label, (scheme, _) in labels.items():
-        rate = lines[f"{scheme}/{demo.proxy}"].best
-        points[label] |= {(rate, seed) for seed in range(demo.seeds)}
-    lines = evaluate(runner, makers, points)
+    proxies = {label: f"{scheme}/{demo.proxy}" for label, (scheme, _) in labels.items()}
+    lines = measure(
+        runner, makers, {label: list(demo.grids[s]) for label, (s, _) in labels.items()}, demo.seeds, proxies
+    )
     return [
-        WidthTransfer(scheme, demo.proxy, {width: lines[f"{scheme}/{width}"] for width in demo.widths})
+        TransferCheck(scheme, demo.proxy, {width: lines[f"{scheme}/{width}"] for width in demo.widths}, TOLERANCE)
         for scheme in demo.grids
     ]
 
 
-def final_config(demo: DemoPlan, transfer: WidthTransfer) -> RunConfig:
+def final_config(demo: DemoPlan, transfer: TransferCheck) -> RunConfig:
     """The widest model at the transferred rate, trained for longer than the sweep's runs."""
     config = at(demo, transfer.scheme, demo.widths[-1])(2.0**transfer.rate, 0)
     steps = demo.final_steps
@@ -118,7 +118,7 @@ def final_config(demo: DemoPlan, transfer: WidthTransfer) -> RunConfig:
     return config.model_copy(update={"schedule": schedule, "train": train})
 
 
-def summary(transfers: Sequence[WidthTransfer]) -> list[str]:
+def summary(transfers: Sequence[TransferCheck]) -> list[str]:
     """What was measured, in plain words, whatever it is."""
     lines = []
     for t in transfers:
@@ -128,7 +128,7 @@ def summary(transfers: Sequence[WidthTransfer]) -> list[str]:
             if width != t.proxy:
                 lines.append(f"  width {width}: own best rate {_best(line)}, loss {_loss(line)}")
                 lines.append(
-                    f"    optimum moved by {t.drift(width):+.2f} octaves; not re-tuning {_cost(t.penalty(width))}"
+                    f"    optimum moved by {_octaves(t.drift(width))} octaves; not re-tuning {_cost(t.penalty(width))}"
                 )
         lines.append(f"  transfer check: {t.verdict.upper()} ({VERDICTS[t.verdict]})")
     lines.append(_comparison(transfers))
@@ -144,6 +144,10 @@ def _best(line: Line) -> str:
     return f"2^{line.best:g}" + (" (on the edge of the grid: the optimum may lie beyond)" if line.on_edge else "")
 
 
+def _octaves(drift: float) -> str:
+    return f"{round(drift, 2) + 0.0:+.2f}"
+
+
 def _cost(penalty: tuple[float, ...]) -> str:
     if not all(map(isfinite, penalty)):
         return "diverges"
@@ -153,14 +157,14 @@ def _cost(penalty: tuple[float, ...]) -> str:
     return f"costs {average:+.3f} nats (seeds {min(penalty):+.3f} to {max(penalty):+.3f})"
 
 
-def _comparison(transfers: Sequence[WidthTransfer]) -> str:
+def _comparison(transfers: Sequence[TransferCheck]) -> str:
     """One sentence on the widest model: which scheme lost less by transferring, if the seeds can tell."""
     widest = max(transfers[0].lines)
     ranked = sorted(transfers, key=lambda t: t.mean_penalty(widest))
     least, most = ranked[0], ranked[-1]
     apart = max(least.penalty(widest)) < min(most.penalty(widest))
     diverged = [t.scheme for t in transfers if not all(map(isfinite, t.penalty(widest)))]
-    drifts = ", ".join(f"{t.scheme} {t.drift(widest):+.2f}" for t in transfers)
+    drifts = ", ".join(f"{t.scheme} {_octaves(t.drift(widest))}" for t in transfers)
     if diverged:
         verdict = f"the transferred rate diverged under {' and '.join(diverged)}"
     elif apart:

@@ -1,0 +1,583 @@
+"""A study as a directory: the journal, what is to do, workers that die, fail and are interrupted, the choice."""
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from math import inf
+from statistics import median
+
+import pytest
+
+from umup.config.load import dump_yaml, parse_config
+from umup.errors import CheckpointError, ConfigError, RunError
+from umup.study import ledger as ledger_module
+from umup.study import worker as worker_module
+from umup.study.dynamics import Dynamics
+from umup.study.ledger import Attempt, Ledger, Outcome, Point, State
+from umup.study.space import parse_space
+from umup.study.sweep import TRIES, Candidate, Sweep, candidates, load_study, open_study, pick, to_do, twenty_tokens
+from umup.study.sweep_report import conclude, report, summary, write_report
+from umup.study.sweep_run import find
+from umup.study.worker import FAILURES, work
+
+SPACE = parse_space({"optimizer.lr": "0.5..4"})
+HOST = socket.gethostname()
+
+
+@pytest.fixture
+def config(tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for i in range(3):
+        (corpus / f"{i}.py").write_text("\n".join(f"def f{j}(x):\n    return {i} * x + {j}" for j in range(60)))
+    return parse_config(
+        {
+            "model": {"hidden_size": 32, "num_layers": 1, "head_dim": 16, "max_seq_len": 16, "norm_gain": False},
+            "data": {"source": str(corpus), "cache_dir": str(tmp_path / "cache"), "val_fraction": 0.2},
+            "train": {"steps": 4, "batch_size": 2, "eval_batches": 1, "device": "cpu"},
+        }
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "study"
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """Runs that take no time: a list of what was run, and the loss as a function of the config, to be set."""
+
+    class Runs(list):
+        def loss(self, config):
+            return 2 + abs(config.optimizer.lr - 1)
+
+    runs = Runs()
+
+    def run_here(config, home):
+        runs.append(config)
+        loss = runs.loss(config)
+        return Outcome(loss, loss, Dynamics(diverged=loss == inf), 100)
+
+    monkeypatch.setattr(worker_module, "run_here", run_here)
+    return runs
+
+
+def quiet(line):
+    pass
+
+
+def worked(folder, sweep, say=quiet):
+    open_study(folder, sweep)
+    return find(folder, 1, say)
+
+
+# the directory
+
+
+def test_a_study_is_read_back_as_it_was_made(config, folder):
+    sweep = Sweep(config, SPACE, "random", 7, 2, "run {values}", twenty_tokens(config), 3, "abc")
+    open_study(folder, sweep)
+    assert load_study(folder) == sweep
+    open_study(folder, sweep)
+
+
+def test_another_configs_study_is_refused_and_named(config, folder):
+    open_study(folder, Sweep(config, SPACE))
+    other = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"weight_decay": 0.5})})
+    with pytest.raises(CheckpointError, match=r"config.optimizer.weight_decay was 0.0 and is now 0.5; choose another"):
+        open_study(folder, Sweep(other, SPACE))
+    with pytest.raises(CheckpointError, match="strategy was independent and is now grid"):
+        open_study(folder, Sweep(config, SPACE, "grid"))
+    with pytest.raises(CheckpointError, match="corpus was  and is now 1"):
+        open_study(folder, Sweep(config, SPACE, corpus="1"))
+
+
+def test_bad_studies_leave_nothing_behind(config, folder):
+    with pytest.raises(ConfigError, match="is not one of independent, random, grid, tpe, gp"):
+        Sweep(config, SPACE, "simulated annealing")
+    with pytest.raises(ConfigError, match=r"--space\.optimizer\.lr -1"):
+        open_study(folder, Sweep(config, parse_space({"optimizer.lr": "[-1, 1]"})))
+    sp = parse_config({**config.model_dump(), "parametrization": {"scheme": "sp"}})
+    with pytest.raises(ConfigError, match="--shortlist: its scheme is 'sp' and the proxy's is 'umup'"):
+        open_study(folder, Sweep(config, SPACE, intermediate=sp))
+    assert not folder.exists()
+    with pytest.raises(CheckpointError, match=r"no study.json; begin it with umup sweep"):
+        load_study(folder)
+
+
+def test_twenty_tokens_per_parameter(config):
+    parameters = 2 * 256 * 32 + 4 * 32 * 32 + 3 * 32 * round(32 * 8 / 3)
+    tokens = twenty_tokens(config).train.steps * config.tokens_per_step
+    assert tokens == pytest.approx(20 * parameters, rel=0.05)
+
+
+# the journal
+
+
+def outcome(loss=2.5, **faults):
+    return Outcome(loss, loss, Dynamics(**faults), 100)
+
+
+def test_a_ledger_remembers_across_processes(folder):
+    folder.mkdir()
+    ledger = Ledger(folder)
+    point = Point({"optimizer.lr": 0.1 + 0.2, "a": 3}, 1, "shortlist")
+    numbers = [ledger.claim(point, "w", "h") for _ in range(5)]
+    assert numbers == [0, 1, 2, 3, 4]
+    ledger.finish(0, outcome(inf, diverged=True), 9.0)
+    ledger.finish(1, outcome(2.25, spikes=2, late_rise=0.5), 2.25)
+    ledger.fail(2, "broken")
+    ledger.fail(3, "stopped", released=True)
+    for reader in (ledger, Ledger(folder)):
+        assert reader.attempts() == [
+            Attempt(0, point, State.DONE, "w", "h", outcome(inf, diverged=True)),
+            Attempt(1, point, State.DONE, "w", "h", outcome(2.25, spikes=2, late_rise=0.5)),
+            Attempt(2, point, State.FAILED, "w", "h"),
+            Attempt(3, point, State.RELEASED, "w", "h"),
+            Attempt(4, point, State.RUNNING, "w", "h"),
+        ]
+        assert reader.attempts()[2].error == "broken"
+
+
+def test_what_has_ended_does_not_end_again(folder):
+    folder.mkdir()
+    ledger = Ledger(folder)
+    ledger.claim(Point({"a": 1.0}), "w", "h")
+    other = Ledger(folder)
+    other.fail(0, "its worker died")
+    assert not ledger.finish(0, outcome(), 2.5)
+    ledger.fail(0, "late")
+    assert ledger.attempts()[0].error == "its worker died"
+
+
+@pytest.mark.parametrize("cut", [1, 9, 60])
+def test_a_torn_tail_is_cut_off_and_said(folder, cut):
+    folder.mkdir()
+    ledger = Ledger(folder)
+    for i in range(2):
+        ledger.claim(Point({"a": float(i)}), "w", "h")
+        ledger.finish(i, outcome(), 2.5)
+    path = folder / "journal.log"
+    path.write_bytes(path.read_bytes()[:-cut])
+    again = Ledger(folder)
+    assert "last line was cut short and is dropped" in again.recovered
+    assert [a.state for a in again.attempts()] == [State.DONE, State.RUNNING]
+    again.finish(1, outcome(), 2.5)
+    assert [a.state for a in Ledger(folder).attempts()] == [State.DONE, State.DONE]
+    assert Ledger(folder).recovered == ""
+
+
+def test_a_living_worker_cuts_off_what_another_left(folder):
+    folder.mkdir()
+    ledger = Ledger(folder)
+    ledger.claim(Point({"a": 1.0}), "w", "h")
+    with (folder / "journal.log").open("ab") as file:
+        file.write(b'{"op_code": 6, "trial')
+    ledger.finish(0, outcome(), 2.5)
+    for reader in (ledger, Ledger(folder)):
+        assert [a.state for a in reader.attempts()] == [State.DONE]
+
+
+def test_a_broken_line_inside_is_named(folder):
+    folder.mkdir()
+    Ledger(folder).claim(Point({"a": 1.0}), "w", "h")
+    path = folder / "journal.log"
+    path.write_bytes(b"".join([path.read_bytes(), b"no record\n", path.read_bytes().splitlines(keepends=True)[-1]]))
+    with pytest.raises(CheckpointError, match=r"journal.log, line \d+: not a record; delete the line"):
+        Ledger(folder)
+
+
+def test_a_full_disk_loses_nothing_that_is_recorded(folder, monkeypatch):
+    folder.mkdir()
+    ledger = Ledger(folder)
+    ledger.claim(Point({"a": 1.0}), "w", "h")
+    before = (folder / "journal.log").read_bytes()
+    real = ledger_module._append
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, data):
+            if len(data) < 20:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self.file.write(data[: len(data) // 2])
+
+    monkeypatch.setattr(ledger_module, "_append", lambda file, data: real(Full(file), data))
+    with pytest.raises(OSError, match="No space left"):
+        ledger.finish(0, outcome(), 2.5)
+    assert (folder / "journal.log").read_bytes() == before
+    monkeypatch.undo()
+    assert Ledger(folder).attempts()[0].state == State.RUNNING
+
+
+# what is to do
+
+
+def attempt(number, point, loss=None, state=State.DONE, **faults):
+    return Attempt(number, point, state, "w", "h", None if loss is None else outcome(loss, **faults))
+
+
+def test_what_is_claimed_is_not_open_and_what_failed_is(config):
+    sweep = Sweep(config, SPACE, "grid")
+    points = [Point({"optimizer.lr": axis}) for axis in SPACE[0].values]
+    assert to_do(sweep, []).open == tuple(points)
+    attempts = [
+        attempt(0, points[0], 2.0),
+        attempt(1, points[1], state=State.RUNNING),
+        attempt(2, points[2], state=State.FAILED),
+        attempt(3, points[3], state=State.RELEASED),
+    ]
+    left = to_do(sweep, attempts)
+    assert left.open == (points[2], points[3])
+    assert left.running == 1
+    assert not left.finished
+    attempts += [attempt(4 + i, points[2], state=State.FAILED) for i in range(TRIES - 1)]
+    assert to_do(sweep, attempts).open == (points[3],)
+    attempts += [attempt(90, points[3], state=State.RELEASED) for _ in range(TRIES)]
+    assert to_do(sweep, attempts).open == (points[3],)
+
+
+def test_every_seed_is_run_and_the_mean_ranks(config):
+    sweep = Sweep(config, SPACE, "grid", seeds=2)
+    attempts = []
+    for lr, pair in zip(SPACE[0].values, [(2.0, 2.6), (2.2, 2.3), (1.0, inf), (3.0, 3.0)], strict=True):
+        for seed, loss in enumerate(pair):
+            attempts.append(attempt(len(attempts), Point({"optimizer.lr": lr}, seed), loss))
+    assert [c.values["optimizer.lr"] for c in candidates(sweep, attempts)] == [1, 0.5, 4, 2]
+    assert len(candidates(sweep, attempts[:-1])) == 3
+    assert to_do(sweep, attempts[:-1]).open == (Point({"optimizer.lr": 4}, 1),)
+    assert sweep.config_of(Point({"optimizer.lr": 4}, 1)).train.seed == 1
+
+
+def test_when_all_diverged_it_says_so_and_suggests_a_range(config, folder, losses):
+    losses.loss = lambda config: inf
+    open_study(folder, Sweep(config, SPACE))
+    with pytest.raises(RunError, match=r"all 4 trials diverged, at optimizer.lr 0.5 to 4; write --space.optimizer.lr"):
+        find(folder, 1, quiet)
+
+
+# workers
+
+
+def test_a_finished_trial_is_never_run_again(config, folder, losses):
+    sweep = Sweep(config, SPACE)
+    first = worked(folder, sweep)
+    assert len(losses) == 4
+    assert first.choice.values == {"optimizer.lr": 1}
+    again = worked(folder, sweep)
+    assert len(losses) == 4
+    assert again == first
+
+
+def test_independent_runs_its_stages(config, folder, losses):
+    losses.loss = lambda c: 2 + abs(c.optimizer.lr - 2) + abs(c.parametrization.hparams["alpha_res"] - 4)
+    space = parse_space({"optimizer.lr": "0.5..4", "parametrization.hparams.alpha_res": "0.5..8"})
+    found = worked(folder, Sweep(config, space))
+    assert found.choice.values == {"optimizer.lr": 2, "parametrization.hparams.alpha_res": 4}
+    assert found.lines.interaction == pytest.approx(0)
+    assert "better than all bests together" not in report(found)
+    assert "interaction: combining the lines' best costs +0.0000" in summary(found)
+    assert "| `parametrization.hparams.alpha_res` | 4 | 3.0000 |  |" in report(found)
+
+
+def test_lines_that_do_not_add_up_are_said(config, folder, losses):
+    """Either multiplier helps, both together do not."""
+
+    def loss(c):
+        a, b = (c.parametrization.hparams[name] for name in ("alpha_res", "alpha_ffn_act"))
+        return 3 - 0.5 * (a == 8) - 0.2 * (b == 8) + 2 * (a * b == 64)
+
+    losses.loss = loss
+    keys = [f"parametrization.hparams.{name}" for name in ("alpha_res", "alpha_ffn_act")]
+    found = worked(folder, Sweep(config, parse_space(dict.fromkeys(keys, "1..8"))))
+    assert found.choice.values == {keys[0]: 8, keys[1]: 1}
+    assert found.lines.interaction == pytest.approx(2)
+    assert found.json()["edges"] == [keys[0]]
+    assert "A point of a line is better than all bests together" in report(found)
+
+
+def test_tpe_learns(config, folder, losses):
+    losses.loss = lambda c: 2 + abs(c.optimizer.lr - 2.5)
+    space = parse_space({"optimizer.lr": "2^-6..2^6", "optimizer.weight_decay": "[0.0, 0.1]"})
+    found = worked(folder, Sweep(config, space, "tpe", trials=30))
+    assert found.trials == 30
+    assert len({c.optimizer.lr for c in losses}) == 30
+    early, late = (median(losses.loss(c) for c in part) for part in (losses[:10], losses[20:]))
+    assert late < early - 0.2
+    assert {c.optimizer.weight_decay for c in losses} == {0.0, 0.1}
+
+
+def test_the_shortlist_decides(config, folder, losses):
+    second = twenty_tokens(config.model_copy(update={"model": config.model.model_copy(update={"hidden_size": 64})}))
+
+    def loss(c):
+        return 2 + abs(c.optimizer.lr - (1 if c.model.hidden_size == 32 else 2))
+
+    losses.loss = loss
+    found = worked(folder, Sweep(config, SPACE, "grid", intermediate=second, keep=2))
+    widths = [c.model.hidden_size for c in losses]
+    assert widths == [32] * 4 + [64] * 2
+    assert [c.values["optimizer.lr"] for c in found.proxies][:2] == [1, 0.5]
+    assert found.choice.values == {"optimizer.lr": 1}
+    assert found.choice.loss == 3
+    assert found.json()["config"]["model"]["hidden_size"] == 32
+    assert found.json()["stage"] == "shortlist"
+    assert "Ranking of the shortlist" in report(found)
+    assert losses[-1].train.steps == second.train.steps
+
+
+def test_a_shortlist_that_diverges_is_said(config, folder, losses):
+    second = twenty_tokens(config.model_copy(update={"model": config.model.model_copy(update={"hidden_size": 64})}))
+    losses.loss = lambda c: 2.0 if c.model.hidden_size == 32 else inf
+    open_study(folder, Sweep(config, SPACE, "grid", intermediate=second, keep=2))
+    with pytest.raises(RunError, match="all 2 of the shortlist diverged"):
+        find(folder, 1, quiet)
+
+
+def test_a_failure_is_tried_again(config, folder, losses):
+    failed = []
+
+    def loss(c):
+        if c.optimizer.lr == 1 and len(failed) < 2:
+            failed.append(c)
+            raise RuntimeError("CUDA error: an illegal memory access")
+        return 2 + abs(c.optimizer.lr - 1)
+
+    losses.loss = loss
+    said = []
+    found = worked(folder, Sweep(config, SPACE), said.append)
+    assert found.choice.loss == 2
+    assert found.trials == 4
+    assert len(losses) == 6
+    assert sum("failed: CUDA error" in line for line in said) == 2
+    assert "illegal memory access" in report(found)
+
+
+def test_a_bad_node_is_quarantined_until_its_mark_is_deleted(config, folder, losses):
+    def broken(c):
+        raise RuntimeError("CUDA error: device lost")
+
+    def find_again():
+        return find(folder, 1, quiet)
+
+    good, losses.loss = losses.loss, broken
+    open_study(folder, Sweep(config, SPACE))
+    with pytest.raises(RunError, match=f"failed {FAILURES} trials in a row and is quarantined; the last: CUDA error"):
+        find_again()
+    assert len(losses) == FAILURES
+    losses.loss = good
+    with pytest.raises(RunError, match="quarantined"):
+        find_again()
+    assert len(losses) == FAILURES
+    (folder / "quarantine" / HOST).unlink()
+    assert find_again().choice.loss == 2
+
+
+def test_another_hosts_quarantine_is_its_own(config, folder, losses):
+    open_study(folder, Sweep(config, SPACE))
+    (folder / "quarantine").mkdir()
+    (folder / "quarantine" / "elsewhere").write_text("device lost\n")
+    assert find(folder, 1, quiet).choice.loss == 2
+
+
+def test_ctrl_c_gives_the_trial_back(config, folder, losses):
+    def interrupted(c):
+        raise KeyboardInterrupt
+
+    good, losses.loss = losses.loss, interrupted
+    open_study(folder, Sweep(config, SPACE))
+    for _ in range(TRIES + 1):
+        with pytest.raises(KeyboardInterrupt):
+            work(folder, quiet)
+    assert {a.state for a in Ledger(folder).attempts()} == {State.RELEASED}
+    assert list((folder / "workers").iterdir()) == []
+    losses.loss = good
+    assert find(folder, 1, quiet).trials == 4
+
+
+def test_a_full_disk_ends_the_worker(config, folder, losses):
+    def full(c):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    good, losses.loss = losses.loss, full
+    open_study(folder, Sweep(config, SPACE))
+    with pytest.raises(OSError, match="No space left"):
+        work(folder, quiet)
+    losses.loss = good
+    assert find(folder, 1, quiet).trials == 4
+
+
+def stale(folder, name, age):
+    (folder / "workers").mkdir(exist_ok=True)
+    path = folder / "workers" / name
+    path.touch()
+    os.utime(path, (time.time() - age,) * 2)
+
+
+def test_another_hosts_worker_is_dead_once_it_is_silent(config, folder, losses):
+    open_study(folder, Sweep(config, SPACE))
+    ledger = Ledger(folder)
+    for lr, name, age in ((0.5, "far-1-aa", 10), (1, "far-2-bb", 1000)):
+        stale(folder, name, age)
+        ledger.claim(Point({"optimizer.lr": lr}), name, "far")
+    with worker_module._alive(folder) as name:
+        me = worker_module._Worker(folder, load_study(folder), ledger, name, quiet)
+        for _ in range(3):
+            assert not me.turn()
+    states = {a.number: a.state for a in ledger.attempts()}
+    assert states[0] == State.RUNNING
+    assert states[1] == State.FAILED
+    assert {c.optimizer.lr for c in losses} == {1, 2, 4}
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from umup.study import worker
+from umup.study.dynamics import Dynamics
+from umup.study.ledger import Outcome
+def slow(config, home):
+    print("running", flush=True)
+    time.sleep(60)
+worker.run_here = slow
+worker.work(Path(sys.argv[1]), print)
+"""
+
+
+def test_a_killed_workers_trial_is_tried_again(config, folder, losses):
+    open_study(folder, Sweep(config, SPACE))
+    doomed = subprocess.Popen([sys.executable, "-c", SLOW, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert doomed.stdout.readline() == "running\n"
+    assert [a.state for a in Ledger(folder).attempts()] == [State.RUNNING]
+    doomed.send_signal(signal.SIGKILL)
+    doomed.communicate()
+    said = []
+    began = time.perf_counter()
+    found = find(folder, 1, said.append)
+    assert time.perf_counter() - began < 5
+    assert said[0] == "trial 0: its worker died; the trial is tried again"
+    assert found.trials == 4
+    assert [a.state for a in Ledger(folder).attempts()][:2] == [State.FAILED, State.DONE]
+    assert found.choice.attempts == (2,)
+
+
+def test_real_runs_in_two_processes(config, folder):
+    """The real trainer, a divergence included; every point runs once."""
+    space = parse_space({"optimizer.lr": "[0.5, 1, 2, 1e20]"})
+    open_study(folder, Sweep(config, space, "grid"))
+    found = find(folder, 2, quiet)
+    write_report(folder, found)
+    attempts = Ledger(folder).attempts()
+    assert len(attempts) == found.trials == 4
+    assert found.ranked[-1].values == {"optimizer.lr": 1e20}
+    assert found.ranked[-1].dynamics.diverged
+    assert found.ranked[-1].loss == inf
+    for a in attempts:
+        if a.outcome.val_loss < inf:
+            lines = (folder / "trials" / str(a.number) / "metrics.jsonl").read_text().splitlines()
+            assert len(lines) == 4
+            assert json.loads(lines[-1])["val/loss"] == a.outcome.val_loss
+    best = json.loads((folder / "best.json").read_text())
+    assert best["config"]["optimizer"]["lr"] == best["values"]["optimizer.lr"]
+    assert best["tokens"] == sum(a.outcome.tokens for a in attempts) >= 3 * 4 * 32
+    assert best["trials"] == 4
+    assert "| 4 | inf |  | diverged | 1e+20 |" in (folder / "report.md").read_text()
+
+
+# commands
+
+WRITER = """
+import json, sys
+arguments = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+lr = float(arguments["--optimizer.lr"])
+assert arguments["--train.seed"] == "0"
+if lr == 4:
+    print("umup: step 3: loss became nan; first in", file=sys.stderr)
+    sys.exit(3)
+if lr == 2 and "bad" in sys.argv[0]:
+    sys.exit("no GPU")
+with open(sys.argv[1] + "/metrics.jsonl", "w") as file:
+    for step in range(1, 4):
+        loss = 2 + abs(lr - 1) if lr != 0.5 else float("nan")
+        row = {"step": step, "train/loss": loss, "lr": lr, "grad_norm": 1.0, "tokens_per_second": 1.0}
+        file.write(json.dumps(row) + "\\n")
+"""
+
+
+def written(path, text=WRITER):
+    path.write_text(text)
+    return f"{sys.executable} {path} {{out}} {{values}}"
+
+
+def test_a_command_is_a_trial(config, folder, tmp_path):
+    found = worked(folder, Sweep(config, SPACE, "grid", command=written(tmp_path / "good.py")))
+    assert [(c.values["optimizer.lr"], c.loss) for c in found.ranked] == [(1, 2), (2, 3), (0.5, inf), (4, inf)]
+    assert found.ranked[2].dynamics.diverged
+    assert found.ranked[3].dynamics.diverged
+
+
+def test_a_commands_failure_says_its_last_line(config, folder, tmp_path):
+    said = []
+    open_study(
+        folder, Sweep(config, parse_space({"optimizer.lr": "[1, 2]"}), "grid", command=written(tmp_path / "bad"))
+    )
+    with pytest.raises(RunError, match=r"quarantined; the last: .* exited with 1: no GPU"):
+        find(folder, 1, said.append)
+
+
+def test_a_command_without_metrics_is_told_how(config, folder, tmp_path):
+    open_study(folder, Sweep(config, SPACE, "grid", command=written(tmp_path / "mute.py", "")))
+    with pytest.raises(RunError, match=r"wrote no .*metrics.jsonl; give it \{out\}"):
+        find(folder, 1, quiet)
+
+
+# the choice
+
+
+def candidate(loss, **faults):
+    return Candidate({"optimizer.lr": loss}, "proxy", (loss,), Dynamics(**faults), (0,))
+
+
+def test_the_best_is_chosen_if_it_is_clean():
+    chosen, why = pick([candidate(2.0), candidate(2.1)])
+    assert chosen.loss == 2.0
+    assert why == "lowest loss, and clean dynamics"
+
+
+def test_a_clean_third_is_chosen_over_two_with_spikes():
+    chosen, why = pick([candidate(2.0, spikes=1), candidate(2.001, explosions=1), candidate(2.01), candidate(2.02)])
+    assert chosen.loss == 2.01
+    assert why == "rank 3: the lowest loss (2.0000) has 1 loss spike; this one is clean and 0.0100 nats worse"
+
+
+@pytest.mark.parametrize("others", [[candidate(2.1)], [candidate(2.0, spikes=3)] * 2 + [candidate(2.0)], []])
+def test_not_one_that_is_much_worse_or_far_down(others):
+    chosen, why = pick([candidate(2.0, spikes=1), *others])
+    assert chosen.dynamics.spikes == 1
+    assert why.startswith("lowest loss, with 1 loss spike: no clean one")
+
+
+def test_the_report_names_the_choice_and_its_reason(config):
+    sweep = Sweep(config, SPACE, "grid")
+    losses = zip(SPACE[0].values, [2.5, 2.0, 2.01, 4.0], [0, 1, 0, 0], strict=True)
+    attempts = [attempt(i, Point({"optimizer.lr": x}), y, spikes=s) for i, (x, y, s) in enumerate(losses)]
+    text = report(conclude(sweep, attempts))
+    assert "| 2 **chosen** | 2.0100 |  | clean | 2 | 2 |" in text
+    assert "rank 2: the lowest loss (2.0000) has 1 loss spike" in text
+    assert "optimum may lie beyond" not in text
+
+
+def test_configs_are_kept_with_their_trials(config, folder, losses):
+    worked(folder, Sweep(config, SPACE, "grid"))
+    kept = (folder / "trials" / "2" / "config.yaml").read_text()
+    assert kept == dump_yaml(losses[2])
