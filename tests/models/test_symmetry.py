@@ -20,7 +20,6 @@ from umup.rules.plan import Plan, make_plan
 from umup.rules.schemes import SCHEMES
 
 # These decays are large so that their effect is seen.
-pytestmark = pytest.mark.filterwarnings("ignore:weight_decay. independent decay")
 
 BASE = BaseShape(hidden_size=16, num_layers=1)
 BATCH, SEQ, VOCAB, STEPS = 4, 16, 64, 6

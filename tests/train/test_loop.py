@@ -22,7 +22,6 @@ from umup.train.loop import run_training
 from umup.train.step import evaluate, train_step
 
 # These decays are large so that their effect is seen.
-pytestmark = pytest.mark.filterwarnings("ignore:weight_decay. independent decay")
 
 BASE = {"hidden_size": 16}
 

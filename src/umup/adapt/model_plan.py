@@ -46,6 +46,8 @@ INIT = (
 )
 # What wrappers put in front of names: torch.compile, DDP, FSDP1.
 WRAPPERS = re.compile(r"\.(_orig_mod|module|_fsdp_wrapped_module)(?=\.)")
+# Independent decay above this was most likely meant for torch's AdamW, which multiplies it by the rate.
+LARGE_DECAY = 0.01
 BRANCH = OpSite("residual", OpKind.RESIDUAL_MLP)
 OWN = {
     "sigma_init": "the module's own init is the base's; change it there",
@@ -91,6 +93,13 @@ class ModelPlan:
 
         A scheduler must multiply rates, as torch's do; `guard` refuses others.
         """
+        if self.plan.independent_weight_decay and weight_decay > LARGE_DECAY:
+            warnings.warn(
+                f"weight_decay: independent decay takes {100 * weight_decay:g}% of every weight per step; AdamW's "
+                f"{weight_decay:g} at lr {lr:g} is {lr * weight_decay:g} here (or plan with "
+                "independent_weight_decay=False)",
+                stacklevel=2,
+            )
         return param_groups(self.folded, self._stored(model), lr=lr, weight_decay=weight_decay, eps=eps, part=part)
 
     def guard(self, optimizer: torch.optim.Optimizer) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 from umup.config.sections import OptimizerConfig
 from umup.errors import ConfigError
 from umup.numerics.rounding import Key, noise, stochastic_bfloat16
+from umup.rules.optimizers import optimizer as find_optimizer
 
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -50,8 +51,8 @@ def make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> tor
 
 
 def check_name(config: OptimizerConfig) -> None:
-    """Raises ConfigError for families that torch has no single class for."""
-    if config.name not in TORCH:
+    """Raises PlanError for an unknown name, and ConfigError for families that torch has no single class for."""
+    if find_optimizer(config.name).name not in TORCH:
         raise ConfigError(
             f"optimizer.name: a run trains with {', '.join(TORCH)}; {config.name!r} has rules (`umup explain`) for a "
             "loop of your own (umup.plan)"

@@ -4,7 +4,6 @@ Rates are factors: a group's `lr` is the base rate times the plan's number, and 
 schedulers, and ours, through `initial_lr`). Groups of equal numbers are merged; `names` stays in each for logging.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +14,6 @@ from torch import Tensor, nn
 from umup.errors import CheckpointError, PlanError
 from umup.rules.optimizers import OPTIMIZERS
 from umup.rules.plan import Plan
-
-# Independent decay above this was most likely meant for torch's AdamW, which multiplies it by the rate.
-LARGE_DECAY = 0.01
 
 
 @dataclass(frozen=True)
@@ -64,8 +60,6 @@ def param_groups(
     """
     if not lr > 0:
         raise PlanError(f"param_groups: lr must be above 0, not {lr}; a schedule may start lower")
-    if plan.independent_weight_decay and weight_decay > LARGE_DECAY:
-        _warn_of_decay(lr, weight_decay)
     parameters = dict(named_parameters)
     odd = sorted(parameters.keys() ^ plan.stored.keys())
     if odd:
@@ -95,14 +89,6 @@ def param_groups(
             f"vectors go to part={family.rest!r}"
         )
     return list(groups.values())
-
-
-def _warn_of_decay(lr: float, weight_decay: float) -> None:
-    warnings.warn(
-        f"weight_decay: independent decay takes {100 * weight_decay:g}% of every weight per step; AdamW's "
-        f"{weight_decay:g} at lr {lr:g} is {lr * weight_decay:g} here (or plan with independent_weight_decay=False)",
-        stacklevel=3,
-    )
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

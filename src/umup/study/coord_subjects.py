@@ -107,8 +107,7 @@ def audited(subject: Subject, reference: Plan, config: RunConfig) -> Subject:
 
 
 def _groups(plan: Plan, model: nn.Module, o: OptimizerConfig) -> list[dict[str, Any]]:
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # a raised decay is meant to be large
-        return param_groups(plan, model.named_parameters(), lr=o.lr, weight_decay=o.weight_decay, eps=o.eps)
+    return param_groups(plan, model.named_parameters(), lr=o.lr, weight_decay=o.weight_decay, eps=o.eps)
 
 
 def module_subject(
