@@ -20,9 +20,9 @@ Not covered: optimizer memory in BF16, tokenizers other than bytes, several GPUs
 import argparse
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from hashlib import sha256
@@ -306,6 +306,7 @@ class Session:
     common: int
     device: torch.device
     backend: str
+    umup_hparams: Mapping[str, float] = field(default_factory=dict)
 
     def body(self, trial: Trial) -> Row:
         """The run of a trial, as a config file would say it; peers start from BF16."""
@@ -313,10 +314,11 @@ class Session:
         model = {name: value for name, value in asdict(size).items() if name in NETWORK_FIELDS}
         # u-muP's transfer asks for norms without gains; SP keeps its own.
         gains = {"norm_gain": False} if scheme == "umup" else {}
+        hparams = {"hparams": dict(self.umup_hparams)} if scheme == "umup" and self.umup_hparams else {}
         recipe = "bf16" if products in PEERS else products
         return {
             "model": {"family": "llama", "vocab_size": 256, "max_seq_len": size.seq_len, **model, **gains},
-            "parametrization": {"scheme": scheme},
+            "parametrization": {"scheme": scheme, **hparams},
             "optimizer": {"lr": trial.lr, "betas": [0.9, 0.95], "weight_decay": 0.0},
             "schedule": {"name": "cosine", "warmup_steps": self.steps // 10, "final_factor": 0.1},
             "train": {"steps": self.steps, "batch_size": size.batch_size, "seed": trial.seed},
@@ -479,6 +481,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2, 3))
     parser.add_argument("--umup-lr", nargs="+", type=float, default=(2.0, 4.0), help="first rates to try; one is taken")
     parser.add_argument("--sp-lr", nargs="+", type=float, default=(2.0**-11, 2.0**-10), help="the same for SP")
+    parser.add_argument(
+        "--umup-hparams", nargs="+", default=(), metavar="NAME=VALUE", help="u-muP's multipliers; default: all 1"
+    )
     parser.add_argument("--data", nargs="+", help="files, folders or globs; default: Python source on this machine")
     parser.add_argument("--budget-seconds", type=float, default=inf, help="start no trial that would end later")
     parser.add_argument("--workers", type=int, default=0, help="processes that compile all variants ahead")
@@ -498,6 +503,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         common=args.common,
         device=torch.device(args.device),
         backend=args.backend,
+        umup_hparams={name: float(value) for name, _, value in (text.partition("=") for text in args.umup_hparams)},
     )
     run(session, args.results, args.budget_seconds, args.workers)
 

@@ -306,3 +306,11 @@ def test_results_are_one_json_object_per_line(tmp_path):
     assert quality.read(path) == []
     path.write_text("".join(json.dumps(row("umup/bf16", seed, 2.0)) + "\n" for seed in range(2)))
     assert [r["seed"] for r in quality.read(path)] == [0, 1]
+
+
+def test_multipliers_are_umups_and_part_of_what_a_trial_is(text):
+    plain, given = (make_session(text, "umup/bf16", umup_hparams=h) for h in ({}, {"alpha_attn_softmax": 8.0}))
+    umup, sp = quality.Trial("umup/bf16", 1.0, 0), quality.Trial("sp/bf16", 1.0, 0)
+    assert given.config(umup).parametrization.hparams == {"alpha_attn_softmax": 8.0}
+    assert given.key(umup, "x") != plain.key(umup, "x")
+    assert given.key(sp, "x") == plain.key(sp, "x")

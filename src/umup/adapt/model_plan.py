@@ -198,12 +198,19 @@ def plan(
     made = made if table.unit_scaled else _into_writers(made, found)
     if not (table.unit_scaled or table.keeps_init):
         made = _around_own_factors(made, found, table.needs_base)
-    ratios = {name: sqrt(theirs / mine) for name, (mine, theirs) in found.head_dims.items()} if table.needs_base else {}
+    ratios = {name: _softmax(make, *sizes) for name, sizes in found.head_dims.items()} if table.needs_base else {}
     made, softmax = fold_softmax(made, model, ratios)
     folded = made if table.unit_scaled else made.shift({name: p["multiplier"] for name, p in made.stored.items()})
     start = make(at_base, at_base) if table.needs_base else made
     wanted = {name: _wanted(table, p, made, start, at_base) for name, p in folded.stored.items()}
     return ModelPlan(made, folded, wanted, softmax, _notes(found, base is not None))
+
+
+def _softmax(make: Callable[..., Plan], head_dim: int, base_head_dim: int) -> float:
+    """What a scheme's logits are over those of a module that divides them by sqrt(head_dim), as modules do."""
+    site, sizes = OpSite("softmax", OpKind.SDPA), _architecture((), 1).sizes
+    target, base = (Architecture((), (site,), replace(sizes, head_dim=d)) for d in (head_dim, base_head_dim))
+    return make(target, base).ops[site.name]["logits"] * sqrt(head_dim)
 
 
 def _wanted(table: Scheme, p: ParamPlan, made: Plan, start: Plan, at_base: Architecture) -> Wanted:
