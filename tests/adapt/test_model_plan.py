@@ -34,8 +34,8 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = s.head_dim
         self.norm = norm(s)
-        self.q, self.out = (nn.Linear(s.hidden_size, s.hidden_size, s.family.biases) for _ in range(2))
-        self.k, self.v = (nn.Linear(s.hidden_size, s.kv_size, s.family.biases) for _ in range(2))
+        self.q, self.out = (nn.Linear(s.hidden_size, s.hidden_size, s.traits.attention_bias) for _ in range(2))
+        self.k, self.v = (nn.Linear(s.hidden_size, s.kv_size, s.traits.attention_bias) for _ in range(2))
 
     def forward(self, x, rotation):
         h = self.norm(x)
@@ -49,11 +49,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, s):
         super().__init__()
-        self.norm, self.gated = norm(s), s.family.activation == "gated_silu"
-        self.up = nn.Linear(s.hidden_size, s.intermediate_size, s.family.biases)
-        self.down = nn.Linear(s.intermediate_size, s.hidden_size, s.family.biases)
+        self.norm, self.gated = norm(s), s.traits.activation == "gated_silu"
+        self.up = nn.Linear(s.hidden_size, s.intermediate_size, s.traits.attention_bias)
+        self.down = nn.Linear(s.intermediate_size, s.hidden_size, s.traits.attention_bias)
         if self.gated:
-            self.gate = nn.Linear(s.hidden_size, s.intermediate_size, s.family.biases)
+            self.gate = nn.Linear(s.hidden_size, s.intermediate_size, s.traits.attention_bias)
 
     def forward(self, x):
         h = self.norm(x)
@@ -71,7 +71,7 @@ class Block(nn.Module):
 
 
 def norm(s):
-    return {"rms": nn.RMSNorm, "layer": nn.LayerNorm}[s.family.norm](s.hidden_size, s.norm_eps)
+    return {"rms": nn.RMSNorm, "layer": nn.LayerNorm}[s.traits.norm](s.hidden_size, s.norm_eps)
 
 
 class Plain(nn.Module):
@@ -81,14 +81,14 @@ class Plain(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(s.vocab_size, s.hidden_size)
         self.rotation = None
-        if s.family.positions == "learned":
+        if s.traits.positions == "learned":
             self.positions = nn.Embedding(s.max_seq_len, s.hidden_size)
         else:
             self.rotation = rotary_tables(s.head_dim, s.max_seq_len, s.rope_theta)
         self.layers = nn.ModuleList(Block(s) for _ in range(s.num_layers))
         self.norm = norm(s)
         self.head = nn.Linear(s.hidden_size, s.vocab_size, bias=False)
-        if s.tied:
+        if s.traits.tie_embeddings:
             self.head.weight = self.embed.weight
 
     def forward(self, ids):

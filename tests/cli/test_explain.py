@@ -15,7 +15,7 @@ from umup.rules.schemes import SCHEMES
 def overrides(scheme):
     row = SCHEMES[scheme]
     base = {"hidden_size": 16, **({"num_layers": 1} if row.needs_base_depth else {})}
-    found = ["--parametrization.scheme", scheme, "--model.norm_placement", row.norm_placement]
+    found = ["--parametrization.scheme", scheme, "--model.norm_placement", row.norm_placements[0]]
     return [*found, "--parametrization.base", str(base)] if row.needs_base else found
 
 
@@ -52,7 +52,7 @@ def test_a_hybrid_shows_who_trains_each_parameter(config, capsys):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
-@pytest.mark.parametrize("scheme", [name for name, row in SCHEMES.items() if row.norm_placement == "pre"])
+@pytest.mark.parametrize("scheme", [name for name, row in SCHEMES.items() if "pre" in row.norm_placements])
 def test_a_relative_config_compares_with_every_scheme_of_its_network(scheme, optimizer, config, capsys):
     arguments = [config, *overrides("completep"), "--model.num_layers", 2, "--optimizer.name", optimizer]
     arguments += ["--against", scheme]

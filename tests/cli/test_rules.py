@@ -59,9 +59,9 @@ def test_a_hyperparameter_that_schemes_share_stands_once(capsys):
 
 def test_a_scheme_shows_its_flags(capsys):
     lines = section(printed(capsys), "scheme ")
-    assert row(lines, "completep", "width,", "depth", "-", "-", "pre")
-    assert row(lines, "mup", "width", "-", "-", "pre")
-    assert row(lines, "unit", "-", "yes", "yes", "pre")
+    assert row(lines, "completep", "width,", "depth", "-", "-", "pre/post")
+    assert row(lines, "mup", "width", "-", "-", "pre/post")
+    assert row(lines, "unit", "-", "yes", "yes", "pre/post")
     assert row(lines, "mus", "-", "yes", "-", "res_post")
 
 

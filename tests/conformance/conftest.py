@@ -33,7 +33,7 @@ def _network(scheme: str, width: int, depth: int, roles: Iterable[Role]) -> Arch
     branches = (OpKind.RESIDUAL_ATTN, OpKind.RESIDUAL_MLP)
     sites = [OpSite(f"layers.{i}.{kind}", kind) for i in range(depth) for kind in branches]
     sites += [OpSite(kind, kind) for kind in OpKind if kind not in branches]
-    sizes = Sizes(depth, 128, 16, 8, 32, norm_placement=SCHEMES[scheme].norm_placement)
+    sizes = Sizes(depth, 128, 16, 8, 32, norm_placement=SCHEMES[scheme].norm_placements[0])
     return Architecture(tuple(params), tuple(sites), sizes)
 
 

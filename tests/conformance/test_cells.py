@@ -69,7 +69,7 @@ def test_no_cell_is_skipped(plan_of, record_property):
 @every_scheme
 def test_a_missing_row_is_refused_by_name(scheme, monkeypatch):
     """What the tests above take for an answer."""
-    network = architecture(shape_of(ModelConfig(norm_placement=SCHEMES[scheme].norm_placement)), 64)
+    network = architecture(shape_of(ModelConfig(norm_placement=SCHEMES[scheme].norm_placements[0])), 64)
     rows = {role: row for role, row in SCHEMES[scheme].rows.items() if role is not Role.HIDDEN_OUT}
     monkeypatch.setitem(SCHEMES, scheme, replace(SCHEMES[scheme], rows=rows))
     base = network if SCHEMES[scheme].needs_base else None

@@ -77,7 +77,7 @@ def plan_of(scheme: str, optimizer: str, spec: ParamSpec, base: ParamSpec, depth
 
     def network(one: ParamSpec, layers: int) -> Architecture:
         sites = tuple(OpSite(f"layers.{i}.{kind}", kind) for i in range(layers) for kind in kinds)
-        sizes = Sizes(layers, 128, 16, 8, 32, norm_placement=SCHEMES[scheme].norm_placement)
+        sizes = Sizes(layers, 128, 16, 8, 32, norm_placement=SCHEMES[scheme].norm_placements[0])
         return Architecture((one,), sites, sizes)
 
     small = network(base, 2) if SCHEMES[scheme].needs_base else None

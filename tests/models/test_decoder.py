@@ -19,11 +19,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama", "num_kv_heads": 2},
     "gpt2": {"family": "gpt2"},
     "gpt2 untied": {"family": "gpt2", "tie_embeddings": False},
+    "gpt3 post-norm": {"family": "gpt3", "norm_placement": "post", "embedding_norm": True},
+    "gptj": {"family": "gptj", "rotary_dim": 4},
+    "bloom": {"family": "bloom"},
+    "falcon": {"family": "falcon"},
+    "falcon two norms": {"family": "falcon", "parallel": "two_norms", "num_kv_heads": 2},
+    "starcoder": {"family": "starcoder", "activation": "relu"},
+    "mpt": {"family": "mpt", "activation": "gated_gelu"},
 }
+PLAIN = ("llama", "gpt2", "gpt2 untied")
 SCHEMES = ("sp", "mup", "umup")
 BATCH, LENGTH, VOCAB = 4, 12, 31
 every_model = pytest.mark.parametrize(("family", "scheme"), list(product(FAMILIES, SCHEMES)))
 every_family = pytest.mark.parametrize("family", FAMILIES)
+every_plain_family = pytest.mark.parametrize("family", PLAIN)
 
 
 def config_for(family, scheme="umup", recipe="fp32", seed=0, grad_accum=1, base=24, **model):
@@ -79,7 +88,7 @@ def test_specs_describe_what_build_makes(family, scheme):
     for spec in specs:
         if spec.tied_to is not None:
             assert everything[spec.name] is everything[spec.tied_to]
-    assert any(s.tied_to for s in specs) == (family == "gpt2")
+    assert any(s.tied_to for s in specs) == shape_of(config.model).traits.tie_embeddings
     assert not torch.cat([p.flatten() for p in model.parameters()]).isnan().any()
 
 
@@ -89,6 +98,17 @@ def test_specs_describe_what_build_makes(family, scheme):
         ("llama", False, []),
         ("llama", None, ["layers.0.attn.norm.weight", "layers.0.mlp.norm.weight", "norm.weight"]),
         ("gpt2", False, []),
+        ("gptj", None, [f"{norm}.{kind}" for norm in ("layers.0.norm", "norm") for kind in ("weight", "bias")]),
+        ("mpt", None, ["layers.0.attn.norm.weight", "layers.0.mlp.norm.weight", "norm.weight"]),
+        (
+            "gpt3 post-norm",
+            None,
+            [
+                f"{norm}.{kind}"
+                for norm in ("embed_norm", "layers.0.attn_norm", "layers.0.mlp_norm")
+                for kind in ("weight", "bias")
+            ],
+        ),
     ],
 )
 def test_norm_gains_exist_where_the_config_wants_them(family, norm_gain, names):
@@ -175,7 +195,8 @@ def test_logits_do_not_depend_on_later_tokens(family, scheme):
 def test_decoding_with_a_cache_gives_the_uncached_logits(family, scheme, chunks):
     model = randomise(build(config_for(family, scheme)))
     tokens, _ = batch()
-    cache = KVCache(2, BATCH, 2 if family == "llama" else 4, LENGTH, 12, torch.float32)
+    kv_heads = shape_of(config_for(family, scheme).model).num_kv_heads
+    cache = KVCache(2, BATCH, kv_heads, LENGTH, 12, torch.float32)
     logits = []
     for chunk in tokens.split(chunks, dim=1):
         logits.append(model(chunk, cache))
@@ -261,7 +282,7 @@ class PlainLayer(nn.Module):
 
     def __init__(self, shape, norm):
         super().__init__()
-        h, kv, inner, bias = shape.hidden_size, shape.kv_size, shape.intermediate_size, shape.family.biases
+        h, kv, inner, bias = shape.hidden_size, shape.kv_size, shape.intermediate_size, shape.traits.attention_bias
         self.shape = shape
         self.llama = shape.family.name == "llama"
         self.attn = nn.ModuleDict({"norm": norm(), "q": nn.Linear(h, h, bias), "out": nn.Linear(h, h, bias)})
@@ -303,7 +324,7 @@ class PlainDecoder(nn.Module):
     def __init__(self, shape):
         super().__init__()
         self.embed = nn.Embedding(shape.vocab_size, shape.hidden_size)
-        if shape.family.positions == "learned":
+        if shape.traits.positions == "learned":
             self.positions = nn.Embedding(shape.max_seq_len, shape.hidden_size)
         norm = nn.RMSNorm if shape.family.name == "llama" else nn.LayerNorm
         self.layers = nn.ModuleList(
@@ -311,7 +332,7 @@ class PlainDecoder(nn.Module):
         )
         self.norm = norm(shape.hidden_size, eps=shape.norm_eps)
         self.head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
-        if shape.tied:
+        if shape.traits.tie_embeddings:
             self.head.weight = self.embed.weight
 
     def loss(self, tokens, targets):
@@ -323,7 +344,7 @@ class PlainDecoder(nn.Module):
         return F.cross_entropy(self.head(self.norm(x)).transpose(1, 2), targets)
 
 
-@every_family
+@every_plain_family
 def test_sp_is_the_plain_pytorch_model(family):
     config = config_for(family, "sp")
     model = randomise(build(config))

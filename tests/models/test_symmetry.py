@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from random import Random
@@ -46,7 +46,7 @@ class Case:
                 vocab_size=VOCAB,
                 max_seq_len=SEQ,
                 tie_embeddings=self.tied,
-                norm_placement=SCHEMES[self.scheme].norm_placement,
+                norm_placement=SCHEMES[self.scheme].norm_placements[0],
             )
         )
 
@@ -62,10 +62,12 @@ class Case:
         )
 
 
-CASES = [Case(*c) for c in product(SCHEMES, FAMILIES, (True, False))]
+# Parallel blocks with a shared norm and a bias at the head; a norm on the embedding.
+OTHERS = [Case(scheme, family, False) for scheme in ("sp", "umup", "completep") for family in ("gptj", "bloom")]
+CASES = [Case(*c) for c in product(SCHEMES, ("llama", "gpt2"), (True, False))] + OTHERS
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_case_and_decay = pytest.mark.parametrize(
-    "case", [Case(*c) for c in product(SCHEMES, FAMILIES, (True, False), (True, False))], ids=str
+    "case", [replace(case, coupled=coupled) for case in CASES for coupled in (True, False)], ids=str
 )
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from umup.models import decoder
-from umup.models.decoder import SelfAttention
+from umup.models.decoder import Context, Frame, SelfAttention
 from umup.nn.fp8 import convert
 from umup.nn.modules import Attention, Linear, Residual, RMSNorm, UseScales
 from umup.numerics.formats import E4M3, E5M2, encode
@@ -164,12 +164,13 @@ def test_compiled_gradients_are_eagers(dtype, backend):
 # Where the decoder uses it.
 
 
-def attention(formats="", biased=False, dynamic=False):
+def attention(formats="", biased=False, dynamic=False, interleaved=False):
     bias = UseScales() if biased else None
     q, k, v = (Linear(C, n, UseScales(), bias) for n in (4 * D, 2 * D, 2 * D))
     out = Linear(4 * D, C, UseScales())
     norm, sdpa, residual = RMSNorm(C, 1e-5, None), Attention(D**-0.5, 1.0, 0.0), Residual(1.0, 1.0, 1.0, 1.0)
-    block = SelfAttention(0, D, norm, q, k, v, sdpa, out, False, torch.nn.Identity(), residual)
+    frame = Frame(norm, False, torch.nn.Identity(), residual)
+    block = SelfAttention(frame, 0, D, interleaved, q, k, v, sdpa, out)
     for p in block.parameters():
         torch.nn.init.normal_(p, std=C**-0.5)
     convert(block, dict.fromkeys(formats, Formats(E4M3, E5M2, "emulate", dynamic)))
@@ -189,7 +190,7 @@ def calls(monkeypatch):
 
 
 def train(block, x, rotation=ROTATION):
-    out = block(x, rotation, None)
+    out = block(x, Context(rotation))
     return out, *torch.autograd.grad(out, list(block.parameters()), torch.ones_like(out) / 100)
 
 
@@ -214,8 +215,10 @@ def test_the_decoder_uses_it_with_the_composites_results(calls):
         ({"formats": "qkv", "dynamic": True}, S, ROTATION),
         ({"formats": "qv"}, S, ROTATION),
         ({}, S, ROTATION),
+        ({"formats": "qkv"}, S, (ROTATION[0][:, ::2], ROTATION[1][:, ::2])),
+        ({"formats": "qkv", "interleaved": True}, S, ROTATION),
     ],
-    ids=["odd tokens", "no rotation", "biased", "dynamic", "one spared", "not converted"],
+    ids=["odd tokens", "no rotation", "biased", "dynamic", "one spared", "not converted", "in part", "interleaved"],
 )
 def test_the_decoder_takes_the_composite_elsewhere(calls, made, length, rotation):
     train(attention(**made), torch.randn(1 if length % 2 else B, length, C), rotation)
@@ -225,5 +228,5 @@ def test_the_decoder_takes_the_composite_elsewhere(calls, made, length, rotation
 def test_no_gradients_no_segment(calls):
     block = attention(formats="qkv")
     with torch.no_grad():
-        block(torch.randn(B, S, C), ROTATION, None)
+        block(torch.randn(B, S, C), Context(ROTATION))
     assert not calls

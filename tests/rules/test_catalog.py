@@ -45,7 +45,7 @@ def test_formulas_are_those_of_the_papers(scheme, optimizer, role, in_branch, ex
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_the_plan_of_a_model_has_no_other_rule(scheme, optimizer, independent, family):
     fields = {"hidden_size": 64, "num_layers": 2, "head_dim": 16, "vocab_size": 32, "norm_gain": True}
-    model = architecture(shape_of(ModelConfig(family=family, norm_placement=scheme.norm_placement, **fields)), 64)
+    model = architecture(shape_of(ModelConfig(family=family, norm_placement=scheme.norm_placements[0], **fields)), 64)
     base = model if scheme.needs_base else None
     plan = make_plan(scheme.name, model, base, optimizer=optimizer.name, independent_weight_decay=independent)
     rows = {(r.role, r.in_branch): r for r in role_rows(scheme, optimizer)}
@@ -108,7 +108,7 @@ def test_the_catalog_is_json_and_holds_every_row_with_its_source():
     assert umup["options"]["depth_count"]["default"] == "L"
     assert umup["options"]["depth_count"]["choices"].keys() == {"L", "2L"}
     assert (umup["hparams"]["alpha_res"]["low"], umup["hparams"]["alpha_res"]["high"]) == (0.125, 8.0)
-    assert (umup["unit_scaled"], umup["needs_base"], umup["norm_placement"]) == (True, False, "pre")
+    assert (umup["unit_scaled"], umup["needs_base"], umup["norm_placements"]) == (True, False, ["pre", "post"])
 
 
 @every_scheme

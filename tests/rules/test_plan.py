@@ -41,7 +41,7 @@ def plan(
     optimizer="adamw",
     **fields,
 ) -> Plan:
-    fields = {"norm_placement": SCHEMES[scheme].norm_placement, **fields}
+    fields = {"norm_placement": SCHEMES[scheme].norm_placements[0], **fields}
     base = network(family, base_width, **fields) if SCHEMES[scheme].needs_base else None
     if base and base_layers:
         base = replace(base, sizes=replace(base.sizes, num_layers=base_layers))
@@ -74,7 +74,7 @@ def everything(scheme: str) -> Architecture:
     params = [ParamSpec(f"p.{role}", role, (4, 8), 8, 4) for role in Role if role is not Role.TIED_READOUT]
     params.append(ParamSpec("p.tied", Role.TIED_READOUT, (4, 8), 8, 4, tied_to="p.embedding"))
     sites = tuple(OpSite(f"s.{kind}", kind) for kind in OpKind)
-    sizes = Sizes(2, TOKENS, 16, 8, 32, dropout=0.1, norm_placement=SCHEMES[scheme].norm_placement)
+    sizes = Sizes(2, TOKENS, 16, 8, 32, dropout=0.1, norm_placement=SCHEMES[scheme].norm_placements[0])
     return Architecture(tuple(params), sites, sizes)
 
 

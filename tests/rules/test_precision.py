@@ -19,7 +19,7 @@ BASE = {"hidden_size": 32, "num_layers": 2}
 def config_of(scheme="umup", model=None, **precision):
     sizes = {"hidden_size": 64, "num_layers": 2, "head_dim": 16, "num_kv_heads": 2, "max_seq_len": 32}
     base = BASE if SCHEMES[scheme].needs_base else None
-    placement = {"norm_placement": SCHEMES[scheme].norm_placement}
+    placement = {"norm_placement": SCHEMES[scheme].norm_placements[0]}
     return parse_config(
         {
             "model": sizes | placement | (model or {}),

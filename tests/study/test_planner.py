@@ -21,7 +21,7 @@ KEEP = HorizonRules("none", "none", "none")
 
 def config(scheme="umup", base=None, **sections):
     """A proxy of width 256, depth 4: 32 sequences of 128, 5000 steps; nothing in it is outside tested ranges."""
-    placement = {"norm_placement": SCHEMES[scheme].norm_placement}
+    placement = {"norm_placement": SCHEMES[scheme].norm_placements[0]}
     body = {
         "model": {
             "hidden_size": 256,
@@ -100,7 +100,7 @@ def test_every_optimizer_of_a_run_has_default_rules(name):
 def test_every_scheme_transfers_to_a_config_that_has_a_plan(scheme):
     row = SCHEMES[scheme]
     proxy = config(scheme, {"hidden_size": 256, "num_layers": 4} if row.needs_base else None)
-    found = transfer(proxy, target({"num_layers": 8, "norm_placement": row.norm_placement}))
+    found = transfer(proxy, target({"num_layers": 8, "norm_placement": row.norm_placements[0]}))
     plan = plan_for(found.config)
     assert plan.scheme == scheme
     assert ("parametrization.base" in moved(found)) == row.needs_base

@@ -16,6 +16,7 @@ from umup.cli.main import main
 from umup.config.load import parse_config
 from umup.errors import CheckpointError, DataError, DivergedError
 from umup.models.build import build
+from umup.models.decoder import Context
 from umup.models.specs import plan_for
 from umup.nn.fp8 import convert, encoded, keep_products, refresh_weights
 from umup.nn.modules import Linear, Matmul, UseScales, join
@@ -377,7 +378,7 @@ def test_activation_checkpointing_recomputes_no_product(tiny, backend, op):
         model.zero_grad()
         x = torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
         with Count(op) as count:
-            run(x, rotation, None).float().square().sum().backward()
+            run(x, Context(rotation)).float().square().sum().backward()
         calls[name], found[name] = count.calls, [x.grad, *(p.grad for p in layer.parameters())]
     assert calls["plain"] == calls["kept"] == 4 * 3
     assert calls["recomputed"] > calls["plain"]

@@ -226,7 +226,7 @@ def _wanted(table: Scheme, p: ParamPlan, made: Plan, start: Plan, at_base: Archi
 
 def _check_kind(table: Scheme, model: nn.Module) -> None:
     scaled = isinstance(model, UnitScaled)
-    if table.norm_placement != "pre":
+    if "pre" not in table.norm_placements:
         raise PlanError(
             f"plan: scheme {table.name!r} needs blocks that normalise their output; umup's own decoder has them"
         )

@@ -49,11 +49,13 @@ def _check_against(config: RunConfig, name: str) -> None:
     """Another scheme is compared on the config's own network and, where it is relative, from the config's base."""
     if name not in SCHEMES:
         raise ConfigError(f"--against: unknown scheme {name!r}; {did_you_mean(name, SCHEMES)}")
+    from umup.models.specs import shape_of
+
     other, given = SCHEMES[name], config.parametrization
-    if other.norm_placement != config.model.norm_placement:
+    if shape_of(config.model).traits.norm_placement not in other.norm_placements:
         raise ConfigError(
             f"--against: scheme {name!r} is made for another network; explain it by a config of its own, with "
-            f"model.norm_placement: {other.norm_placement} and parametrization.scheme: {name}"
+            f"model.norm_placement: {other.norm_placements[0]} and parametrization.scheme: {name}"
         )
     if other.needs_base and given.base is None:
         layers = f", num_layers: {config.model.num_layers}" if other.needs_base_depth else ""

@@ -95,7 +95,7 @@ def _schemes(schemes: Iterable[Scheme]) -> str:
             "width, depth" if s.needs_base_depth else "width" if s.needs_base else "-",
             "yes" if s.unit_scaled else "-",
             "yes" if s.one_rate else "-",
-            s.norm_placement,
+            "/".join(s.norm_placements),
             f"{s.title} [{s.source}]",
         )
         for s in schemes

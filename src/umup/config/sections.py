@@ -33,19 +33,43 @@ class ModelConfig(Section):
     head_dim: Positive = 64
     """features per attention head; hidden_size is a multiple of it"""
     num_kv_heads: Positive | None = None
-    """key and value heads (grouped-query attention); default: as many as query heads"""
+    """key and value heads (grouped-query attention); default: the family's, as many as query heads or one"""
     intermediate_size: Positive | None = None
     """inner width of the MLP; default: the family's ratio times hidden_size"""
     vocab_size: Annotated[int, Field(gt=1)] = 256
     """token ids the model knows"""
     max_seq_len: Annotated[int, Field(gt=1)] = 256
     """context length; also the training length that fixes u-muP's attention scale"""
-    norm_placement: Literal["pre", "res_post"] = "pre"
-    """where a block normalises: its input, or its output before it joins the stream (scheme mus)"""
+    norm: Literal["rms", "layer"] | None = None
+    """RMS norm or layer norm; like the fields down to tie_embeddings it defaults to the family's"""
     norm_gain: bool | None = None
-    """trainable norm gains (and biases); default: the family's"""
+    """trainable norm gains (and biases)"""
+    norm_bias: bool | None = None
+    """biases beside the gains of layer norms"""
+    norm_placement: Literal["pre", "post", "res_post"] | None = None
+    """what a block normalises: the input of a branch, the sum after it, or its output before the sum (scheme mus)"""
+    embedding_norm: bool | None = None
+    """a norm on the embedding"""
+    parallel: Literal["none", "shared_norm", "two_norms"] | None = None
+    """attention and MLP both read the block's input, through one norm or through one each"""
+    positions: Literal["rotary", "learned", "alibi", "none"] | None = None
+    """how tokens know their positions"""
+    rotary_interleaved: bool | None = None
+    """rotary turns neighbouring features instead of the two halves of a head"""
+    activation: Literal["gated_silu", "gated_gelu", "gated_gelu_tanh", "silu", "gelu", "gelu_tanh", "relu"] | None = (
+        None
+    )
+    """of the MLP; gated ones have a third matrix"""
+    attention_bias: bool | None = None
+    """biases of q, k, v and attention-out"""
+    mlp_bias: bool | None = None
+    """biases of the MLP"""
+    head_bias: bool | None = None
+    """bias of the output head"""
     tie_embeddings: bool | None = None
-    """share the embedding with the output head; default: the family's"""
+    """share the embedding with the output head"""
+    rotary_dim: Positive | None = None
+    """features of a head that rotary positions turn, an even number; default: the family's share of head_dim"""
     rope_theta: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10000.0
     """base of the rotary frequencies"""
     norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-5

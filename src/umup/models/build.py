@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from umup.config.sections import RunConfig
 from umup.errors import ConfigError
-from umup.models.decoder import MLP, Block, Decoder, GatedMLP, LearnedPositions, SelfAttention
-from umup.models.specs import Shape, plan_for, products_for, shape_of
+from umup.models.decoder import MLP, Block, Decoder, Frame, GatedMLP, LearnedPositions, ParallelBlock, SelfAttention
+from umup.models.specs import Shape, has_norm_bias, plan_for, products_for, shape_of
 from umup.nn.fp8 import convert, formats_of
 from umup.nn.modules import Attention, Dropout, Embedding, LayerNorm, Linear, Residual, RMSNorm, UseScales
-from umup.ops.activation import gelu, silu
-from umup.ops.attention import rotary_tables
+from umup.ops.activation import gated_gelu, gated_silu, gelu, relu, silu
+from umup.ops.attention import alibi_slopes, rotary_tables
 from umup.rules.plan import USE_QUANTITIES, Plan
 from umup.rules.precision import find_recipe
 
@@ -23,6 +23,12 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "silu": silu,
     "gelu": gelu,
     "gelu_tanh": partial(gelu, approximate="tanh"),
+    "relu": relu,
+}
+GATED_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "gated_silu": gated_silu,
+    "gated_gelu": gated_gelu,
+    "gated_gelu_tanh": partial(gated_gelu, approximate="tanh"),
 }
 
 
@@ -63,19 +69,26 @@ def stream_of(config: RunConfig) -> torch.dtype:
 
 def decoder(shape: Shape, plan: Plan, dtype: torch.dtype = torch.float32) -> Decoder:
     """The shape's decoder with the plan's floats; parameters are uninitialised. `dtype` is that of activations."""
-    parts = _Parts(shape, plan)
+    parts, traits = _Parts(shape, plan), shape.traits
     embed = Embedding(shape.vocab_size, shape.hidden_size, parts.use("embed.weight"))
-    head = Linear(shape.hidden_size, shape.vocab_size, parts.use("head.weight"))
-    if shape.tied:
+    head = Linear(
+        shape.hidden_size,
+        shape.vocab_size,
+        parts.use("head.weight"),
+        parts.use("head.bias") if traits.head_bias else None,
+    )
+    if traits.tie_embeddings:
         head.weight = embed.weight
-    learned = shape.family.positions == "learned"
+    turns = traits.positions == "rotary"
     return Decoder(
         embed=embed,
-        positions=parts.positions() if learned else None,
-        rotary_tables=None if learned else rotary_tables(shape.head_dim, shape.max_seq_len, shape.rope_theta),
+        positions=parts.positions() if traits.positions == "learned" else None,
+        embed_norm=parts.norm("embed_norm") if traits.embedding_norm else None,
+        rotary_tables=rotary_tables(shape.rotary_dim, shape.max_seq_len, shape.rope_theta) if turns else None,
+        slopes=alibi_slopes(shape.num_heads) if traits.positions == "alibi" else None,
         dropout=parts.dropout("embed"),
-        layers=[Block(parts.attention(i), parts.mlp(i)) for i in range(shape.num_layers)],
-        norm=parts.norm("norm"),
+        layers=[parts.block(i) for i in range(shape.num_layers)],
+        norm=parts.norm("norm") if not shape.post_norm else None,
         head=head,
         loss=(plan.ops["loss"]["logits"], plan.ops["loss"]["grad"]),
         dtype=dtype,
@@ -110,16 +123,15 @@ class _Parts:
         p = self.plan.params[name]
         return UseScales(*(p[quantity] for quantity in USE_QUANTITIES))
 
-    def linear(self, name: str, fan_in: int, fan_out: int) -> Linear:
-        bias = self.use(f"{name}.bias") if self.shape.family.biases else None
-        return Linear(fan_in, fan_out, self.use(f"{name}.weight"), bias)
+    def linear(self, name: str, fan_in: int, fan_out: int, bias: bool) -> Linear:
+        return Linear(fan_in, fan_out, self.use(f"{name}.weight"), self.use(f"{name}.bias") if bias else None)
 
     def norm(self, name: str) -> nn.Module:
         s = self.shape
-        gain = self.use(f"{name}.weight") if s.norm_gain else None
-        if s.family.norm == "rms":
+        gain = self.use(f"{name}.weight") if s.traits.norm_gain else None
+        if s.traits.norm == "rms":
             return RMSNorm(s.hidden_size, s.norm_eps, gain)
-        return LayerNorm(s.hidden_size, s.norm_eps, gain, self.use(f"{name}.bias") if s.norm_gain else None)
+        return LayerNorm(s.hidden_size, s.norm_eps, gain, self.use(f"{name}.bias") if has_norm_bias(s.traits) else None)
 
     def positions(self) -> LearnedPositions:
         table = Embedding(self.shape.max_seq_len, self.shape.hidden_size, self.use("positions.weight"))
@@ -130,35 +142,44 @@ class _Parts:
             return nn.Identity()
         return Dropout(self.shape.dropout, self.plan.ops[f"{owner}.dropout"]["output"])
 
-    def residual(self, branch: str) -> Residual:
-        op = self.plan.ops[f"{branch}.residual"]
-        return Residual(op["branch"], op["skip"], op["split_grad"], op["branch_grad"])
+    def block(self, layer: int) -> Block | ParallelBlock:
+        name = f"layers.{layer}"
+        attn, mlp = self.attention(layer, f"{name}.attn"), self.mlp(f"{name}.mlp")
+        if self.shape.traits.parallel != "none":
+            return ParallelBlock(self.norm(f"{name}.norm") if self.shape.shared_norm else nn.Identity(), attn, mlp)
+        after = (f"{name}.attn_norm", f"{name}.mlp_norm")
+        return Block(attn, mlp, *(nn.Identity() if self.shape.branch_norms else self.norm(n) for n in after))
 
-    def attention(self, layer: int) -> SelfAttention:
-        s, name = self.shape, f"layers.{layer}.attn"
+    def frame(self, branch: str) -> Frame:
+        norm = self.norm(f"{branch}.norm") if self.shape.branch_norms else nn.Identity()
+        op = self.plan.ops[f"{branch}.residual"]
+        residual = Residual(op["branch"], op["skip"], op["split_grad"], op["branch_grad"])
+        return Frame(norm, self.shape.traits.norm_placement == "res_post", self.dropout(branch), residual)
+
+    def attention(self, layer: int, name: str) -> SelfAttention:
+        s, bias = self.shape, self.shape.traits.attention_bias
         op = self.plan.ops[f"{name}.sdpa"]
         return SelfAttention(
+            self.frame(name),
             layer,
             s.head_dim,
-            self.norm(f"{name}.norm"),
-            self.linear(f"{name}.q", s.hidden_size, s.hidden_size),
-            self.linear(f"{name}.k", s.hidden_size, s.kv_size),
-            self.linear(f"{name}.v", s.hidden_size, s.kv_size),
+            s.traits.rotary_interleaved,
+            self.linear(f"{name}.q", s.hidden_size, s.hidden_size, bias),
+            self.linear(f"{name}.k", s.hidden_size, s.kv_size, bias),
+            self.linear(f"{name}.v", s.hidden_size, s.kv_size, bias),
             Attention(op["logits"], op["output"], s.dropout),
-            self.linear(f"{name}.out", s.hidden_size, s.hidden_size),
-            s.norm_placement == "res_post",
-            self.dropout(name),
-            self.residual(name),
+            self.linear(f"{name}.out", s.hidden_size, s.hidden_size, bias),
         )
 
-    def mlp(self, layer: int) -> MLP | GatedMLP:
-        s, name = self.shape, f"layers.{layer}.mlp"
-        op = self.plan.ops[f"{name}.act"]
-        norm, up = self.norm(f"{name}.norm"), self.linear(f"{name}.up", s.hidden_size, s.intermediate_size)
-        down = self.linear(f"{name}.down", s.intermediate_size, s.hidden_size)
-        tail = (down, s.norm_placement == "res_post", self.dropout(name), self.residual(name))
-        if s.family.activation != "gated_silu":
-            activation = partial(ACTIVATIONS[s.family.activation], mult=op["mult"], output=op["output"])
-            return MLP(norm, up, activation, *tail)
-        gate = self.linear(f"{name}.gate", s.hidden_size, s.intermediate_size)
-        return GatedMLP(norm, gate, up, (op["mult"], op["output"]), *tail)
+    def mlp(self, name: str) -> MLP | GatedMLP:
+        s, bias = self.shape, self.shape.traits.mlp_bias
+        up = self.linear(f"{name}.up", s.hidden_size, s.intermediate_size, bias)
+        down = self.linear(f"{name}.down", s.intermediate_size, s.hidden_size, bias)
+        factors = {key: value.number for key, value in self.plan.ops[f"{name}.act"].values.items()}
+        activation = s.traits.activation
+        if not s.gated:
+            return MLP(self.frame(name), up, partial(ACTIVATIONS[activation], **factors), down)
+        gate = self.linear(f"{name}.gate", s.hidden_size, s.intermediate_size, bias)
+        act = partial(GATED_ACTIVATIONS[activation], **factors)
+        silu = (factors["mult"], factors["output"]) if activation == "gated_silu" else None
+        return GatedMLP(self.frame(name), gate, up, act, silu, down)

@@ -4,7 +4,7 @@ Modules receive their parts built (build.py); nothing here reads a config, a tab
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,73 +12,99 @@ from torch import Tensor, nn
 from umup.nn.fp8 import StaticMatmul
 from umup.nn.modules import Attention, Embedding, Linear, Residual, join, project, share_matmul
 from umup.numerics.kernels import ALIGNMENT
-from umup.ops.activation import gated_silu
-from umup.ops.attention import rotary
+from umup.ops.attention import alibi, rotary
 from umup.ops.cache import Cache
 from umup.ops.embedding import add, embedding
 from umup.ops.gated_mlp import gated_mlp
+from umup.ops.loss import cross_entropy
+from umup.ops.residual import residual_split
 from umup.ops.rotary_projection import rotary_projection
+from umup.ops.scaled import scale_bwd
 
 Activation = Callable[[Tensor], Tensor]
+GatedActivation = Callable[[Tensor, Tensor], Tensor]
+
+
+class Context(NamedTuple):
+    """What all layers share in a pass.
+
+    rotation: cos and sin, (S, r/2) each. bias: of attention, (H, S, keys).
+    """
+
+    rotation: tuple[Tensor, Tensor] | None = None
+    bias: Tensor | None = None
+    cache: Cache | None = None
+
+
+class Frame(NamedTuple):
+    """What is around a branch; `norm_last`: the norm is of its output, not of its input."""
+
+    norm: nn.Module
+    norm_last: bool
+    dropout: nn.Module
+    residual: Residual
 
 
 class Branch(nn.Module):
-    """One residual branch: norm, then what a subclass does `inside`; the norm comes last where `norm_last`."""
+    """One residual branch: what a subclass does `inside`, and the frame around it."""
 
-    def __init__(self, norm: nn.Module, norm_last: bool, dropout: nn.Module, residual: Residual) -> None:
+    def __init__(self, frame: Frame) -> None:
         super().__init__()
-        self.norm, self.norm_last, self.dropout, self.residual = norm, norm_last, dropout, residual
+        self.norm, self.norm_last, self.dropout, self.residual = frame
 
-    def forward(self, x: Tensor, *context: Any) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, S, C) -> (B, S, C)."""
         x, skip = self.residual.split(x)
-        out = self.norm(self.inside(x, *context)) if self.norm_last else self.inside(self.norm(x), *context)
-        return self.residual.add(self.dropout(out), skip)
+        return self.residual.add(self.branch(x, context), skip)
 
-    def inside(self, x: Tensor, *context: Any) -> Tensor:
+    def branch(self, x: Tensor, context: Context) -> Tensor:
+        """What joins the stream: (B, S, C) -> (B, S, C)."""
+        out = self.norm(self.inside(x, context)) if self.norm_last else self.inside(self.norm(x), context)
+        result: Tensor = self.dropout(out)
+        return result
+
+    def inside(self, x: Tensor, context: Context) -> Tensor:
         """(B, S, C) -> (B, S, C)."""
         raise NotImplementedError
 
 
 class SelfAttention(Branch):
-    """q, k, v -> causal attention -> out."""
+    """q, k, v -> attention -> out. `interleaved`: which features rotary positions pair (ops/attention.py)."""
 
     def __init__(
         self,
+        frame: Frame,
         layer: int,
         head_dim: int,
-        norm: nn.Module,
+        interleaved: bool,
         q: Linear,
         k: Linear,
         v: Linear,
         sdpa: Attention,
         out: Linear,
-        norm_last: bool,
-        dropout: nn.Module,
-        residual: Residual,
     ) -> None:
-        super().__init__(norm, norm_last, dropout, residual)
-        self.layer, self.head_dim = layer, head_dim
+        super().__init__(frame)
+        self.layer, self.head_dim, self.interleaved = layer, head_dim, interleaved
         self.q, self.k, self.v, self.sdpa, self.out = q, k, v, sdpa, out
         share_matmul(q, k, v)
 
-    def inside(self, x: Tensor, *context: Any) -> Tensor:
-        """`context`: the rotation's tables (or None) and the cache (or None)."""
-        q, k, v = self._project(x, *context)
-        out: Tensor = self.out(self.sdpa(q, k, v).transpose(-3, -2).flatten(-2))
+    def inside(self, x: Tensor, context: Context) -> Tensor:
+        """(B, S, C) -> (B, S, C)."""
+        q, k, v = self._project(x, context)
+        out: Tensor = self.out(self.sdpa(q, k, v, context.bias).transpose(-3, -2).flatten(-2))
         return out
 
-    def _project(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, cache: Cache | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q, and k and v of all positions, by heads: in FP8 as one segment where that can be."""
-        matmul = self.q.matmul
+        matmul, rotation = self.q.matmul, context.rotation
         if (
             isinstance(matmul, StaticMatmul)
             and matmul is self.k.matmul is self.v.matmul
             and matmul.fusable
             and rotation is not None
-            and cache is None
+            and 2 * rotation[0].shape[-1] == self.head_dim
+            and not self.interleaved
+            and context.cache is None
             and self.q.bias is self.k.bias is self.v.bias is None
             and _trains_in_tiles(x)
         ):
@@ -87,9 +113,9 @@ class SelfAttention(Branch):
             return rotary_projection(x, join(weights), rotation, heads, matmul.formats, matmul.state)
         q, k, v = (self._heads(part) for part in project(x, self.q, self.k, self.v))
         if rotation is not None:
-            q, k = rotary(q, *rotation), rotary(k, *rotation)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
+            q, k = rotary(q, *rotation, self.interleaved), rotary(k, *rotation, self.interleaved)
+        if context.cache is not None:
+            k, v = context.cache.append(self.layer, k, v)
         return q, k, v
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -99,44 +125,34 @@ class SelfAttention(Branch):
 class MLP(Branch):
     """up -> activation -> down."""
 
-    def __init__(
-        self,
-        norm: nn.Module,
-        up: Linear,
-        act: Activation,
-        down: Linear,
-        norm_last: bool,
-        dropout: nn.Module,
-        residual: Residual,
-    ) -> None:
-        super().__init__(norm, norm_last, dropout, residual)
+    def __init__(self, frame: Frame, up: Linear, act: Activation, down: Linear) -> None:
+        super().__init__(frame)
         self.up, self.act, self.down = up, act, down
 
-    def inside(self, x: Tensor, *context: Any) -> Tensor:
+    def inside(self, x: Tensor, context: Context) -> Tensor:
         """(B, S, C) -> (B, S, C)."""
         out: Tensor = self.down(self.act(self.up(x)))
         return out
 
 
 class GatedMLP(Branch):
-    """gate, up -> gated SiLU -> down.
+    """gate, up -> gated activation -> down.
 
-    act: the activation's (mult, output). `compact`: where the products are in FP8, keep gate and up in E4M3 too.
+    `silu`: (mult, output) where the activation is gated SiLU, which FP8 runs as one segment. `compact`: where it does,
+    keep gate and up in E4M3 too.
     """
 
     def __init__(
         self,
-        norm: nn.Module,
+        frame: Frame,
         gate: Linear,
         up: Linear,
-        act: tuple[float, float],
+        act: GatedActivation,
+        silu: tuple[float, float] | None,
         down: Linear,
-        norm_last: bool,
-        dropout: nn.Module,
-        residual: Residual,
     ) -> None:
-        super().__init__(norm, norm_last, dropout, residual)
-        self.gate, self.up, self.act, self.down = gate, up, act, down
+        super().__init__(frame)
+        self.gate, self.up, self.act, self.silu, self.down = gate, up, act, silu, down
         share_matmul(gate, up)
         self.compact = False
 
@@ -145,7 +161,8 @@ class GatedMLP(Branch):
         """The products of gate and up, and of down, where they may run as one segment."""
         first, last = self.gate.matmul, self.down.matmul
         if (
-            isinstance(first, StaticMatmul)
+            self.silu is not None
+            and isinstance(first, StaticMatmul)
             and isinstance(last, StaticMatmul)
             and first is self.up.matmul
             and first.fusable
@@ -155,15 +172,14 @@ class GatedMLP(Branch):
             return first, last
         return None
 
-    def inside(self, x: Tensor, *context: Any) -> Tensor:
+    def inside(self, x: Tensor, context: Context) -> Tensor:
         """gate, up, activation, down: in FP8 as one segment where that can be, else one after another."""
-        if (segment := self.segment) is not None and _trains_in_tiles(x):
+        if (segment := self.segment) is not None and self.silu is not None and _trains_in_tiles(x):
             first, last = segment
             weights = join((self.gate.weight, self.up.weight)), self.down.weight
             formats, states = (first.formats, last.formats), (first.state, last.state)
-            return gated_mlp(x, weights, formats, states, *self.act, self.compact)
-        gate, up = project(x, self.gate, self.up)
-        out: Tensor = self.down(gated_silu(gate, up, *self.act))
+            return gated_mlp(x, weights, formats, states, *self.silu, self.compact)
+        out: Tensor = self.down(self.act(*project(x, self.gate, self.up)))
         return out
 
 
@@ -174,16 +190,36 @@ def _trains_in_tiles(x: Tensor) -> bool:
 
 
 class Block(nn.Module):
-    """One layer: attention, then the MLP."""
+    """One layer: attention, then the MLP, and after each a norm of the stream where there is one."""
 
-    def __init__(self, attn: SelfAttention, mlp: MLP | GatedMLP) -> None:
+    def __init__(self, attn: SelfAttention, mlp: MLP | GatedMLP, attn_norm: nn.Module, mlp_norm: nn.Module) -> None:
         super().__init__()
-        self.attn, self.mlp = attn, mlp
+        self.attn, self.attn_norm, self.mlp, self.mlp_norm = attn, attn_norm, mlp, mlp_norm
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, S, C) -> (B, S, C)."""
-        result: Tensor = self.mlp(self.attn(x, rotation, cache))
+        result: Tensor = self.mlp_norm(self.mlp(self.attn_norm(self.attn(x, context)), context))
         return result
+
+
+class ParallelBlock(nn.Module):
+    """One layer whose branches both read its input: through `norm`, or through norms of their own.
+
+    Weights are those of the sequential block, so that a branch contributes as much to the stream, and so are the
+    gradients inside the branches: the MLP's sum comes last, and what is before it is its skip.
+    """
+
+    def __init__(self, norm: nn.Module, attn: SelfAttention, mlp: MLP | GatedMLP) -> None:
+        super().__init__()
+        self.norm, self.attn, self.mlp = norm, attn, mlp
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """(B, S, C) -> (B, S, C)."""
+        first, second = self.attn.residual, self.mlp.residual
+        x, skip = residual_split(x, 1.0, first.skip)
+        x = self.norm(x)
+        out = first.add(self.attn.branch(scale_bwd(x, first.split_grad), context), skip)
+        return second.add(self.mlp.branch(scale_bwd(x, second.split_grad), context), scale_bwd(out, second.skip))
 
 
 class LearnedPositions(nn.Module):
@@ -203,29 +239,35 @@ class LearnedPositions(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens -> logits, and tokens with targets -> loss."""
+    """Tokens -> logits, and tokens with targets -> loss.
 
-    cos: Tensor
-    sin: Tensor
+    `rotary_tables`: cos and sin of all positions, (max_seq_len, r/2). `slopes`: ALiBi's, (H).
+    """
+
+    cos: Tensor | None
+    sin: Tensor | None
+    slopes: Tensor | None
 
     def __init__(
         self,
         embed: Embedding,
         positions: LearnedPositions | None,
+        embed_norm: nn.Module | None,
         rotary_tables: tuple[Tensor, Tensor] | None,
+        slopes: Tensor | None,
         dropout: nn.Module,
-        layers: list[Block],
-        norm: nn.Module,
+        layers: list[Block | ParallelBlock],
+        norm: nn.Module | None,
         head: Linear,
         loss: tuple[float, float],
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.embed, self.positions, self.dropout = embed, positions, dropout
+        self.embed, self.positions, self.embed_norm, self.dropout = embed, positions, embed_norm, dropout
         self.layers, self.norm, self.head = nn.ModuleList(layers), norm, head
         self.loss_multiplier, self.loss_grad, self.dtype = *loss, dtype
-        self.rotates = rotary_tables is not None
-        for name, table in zip(("cos", "sin"), rotary_tables or (), strict=False):
+        cos, sin = rotary_tables or (None, None)
+        for name, table in (("cos", cos), ("sin", sin), ("slopes", slopes)):
             self.register_buffer(name, table, persistent=False)
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
@@ -239,16 +281,24 @@ class Decoder(nn.Module):
         x = self.embed(tokens).to(self.dtype)
         if self.positions is not None:
             x = self.positions(x, start)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
         x = self.dropout(x)
-        end = start + tokens.shape[-1]
-        rotation = (self.cos[start:end], self.sin[start:end]) if self.rotates else None
+        context = self._context(start, start + tokens.shape[-1], cache)
         for layer in self.layers:
-            x = layer(x, rotation, cache)
-        out: Tensor = self.norm(x)
+            x = layer(x, context)
+        out: Tensor = x if self.norm is None else self.norm(x)
         return out
+
+    def _context(self, start: int, end: int, cache: Cache | None) -> Context:
+        rotation = None if self.cos is None or self.sin is None else (self.cos[start:end], self.sin[start:end])
+        bias = None if self.slopes is None else alibi(self.slopes, end - start, end)
+        return Context(rotation, bias, cache)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy in nats; its gradient is the plan's (ops/loss.py)."""
+        if self.head.bias is not None:
+            return cross_entropy(self(tokens), targets, self.loss_multiplier, self.loss_grad)
         x = self.trunk(tokens)
         return self.head.matmul.loss(x, self.head.weight, targets, self.loss_multiplier, self.loss_grad)
 

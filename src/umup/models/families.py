@@ -6,27 +6,92 @@ from typing import Literal
 
 from umup.errors import ConfigError, did_you_mean
 
+NormPlacement = Literal["pre", "post", "res_post"]
+Parallel = Literal["none", "shared_norm", "two_norms"]
+Positions = Literal["rotary", "learned", "alibi", "none"]
+Activation = Literal["gated_silu", "gated_gelu", "gated_gelu_tanh", "silu", "gelu", "gelu_tanh", "relu"]
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What distinguishes networks of equal sizes. Every column is a field of the config's model section, too.
+
+    `norm_bias` speaks of layer norms with gains. `norm_placement`: the input of a branch (pre), the sum (post) or the
+    branch's output (res_post). `parallel`: both branches read the block's input, through one norm or one each.
+    """
+
+    norm: Literal["rms", "layer"] = "layer"
+    norm_gain: bool = True
+    norm_bias: bool = True
+    norm_placement: NormPlacement = "pre"
+    embedding_norm: bool = False
+    parallel: Parallel = "none"
+    positions: Positions = "learned"
+    rotary_interleaved: bool = False
+    activation: Activation = "gelu"
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    head_bias: bool = False
+    tie_embeddings: bool = True
+
 
 @dataclass(frozen=True)
 class Family:
-    """What distinguishes decoder families; `norm_gain` and `tied` are defaults that a config may override."""
+    """A row: traits, and how sizes that a config leaves out follow from the others."""
 
     name: str
-    norm: Literal["rms", "layer"]
-    positions: Literal["rotary", "learned"]
-    activation: Literal["gated_silu", "silu", "gelu", "gelu_tanh"]
-    biases: bool
-    norm_gain: bool
-    tied: bool
-    mlp_ratio: float
     source: str
+    traits: Traits
+    mlp_ratio: float = 4.0
+    multi_query: bool = False
+    rotary_fraction: float = 1.0
 
 
 FAMILIES: Mapping[str, Family] = {
     f.name: f
     for f in (
-        Family("llama", "rms", "rotary", "gated_silu", False, True, False, 8 / 3, "2302.13971"),
-        Family("gpt2", "layer", "learned", "gelu_tanh", True, True, True, 4.0, "Radford et al. 2019"),
+        Family(
+            "llama",
+            "2302.13971",
+            Traits(
+                norm="rms",
+                positions="rotary",
+                activation="gated_silu",
+                attention_bias=False,
+                mlp_bias=False,
+                tie_embeddings=False,
+            ),
+            mlp_ratio=8 / 3,
+        ),
+        Family("gpt2", "Radford et al. 2019", Traits(activation="gelu_tanh")),
+        Family("gpt3", "2005.14165", Traits()),
+        Family(
+            "gptj",
+            "Wang and Komatsuzaki 2021",
+            Traits(
+                parallel="shared_norm",
+                positions="rotary",
+                rotary_interleaved=True,
+                activation="gelu_tanh",
+                attention_bias=False,
+                head_bias=True,
+                tie_embeddings=False,
+            ),
+            rotary_fraction=1 / 4,
+        ),
+        Family("bloom", "2211.05100", Traits(embedding_norm=True, positions="alibi", activation="gelu_tanh")),
+        Family(
+            "falcon",
+            "2311.16867",
+            Traits(parallel="shared_norm", positions="rotary", attention_bias=False, mlp_bias=False),
+            multi_query=True,
+        ),
+        Family("starcoder", "2305.06161", Traits(activation="gelu_tanh"), multi_query=True),
+        Family(
+            "mpt",
+            "MosaicML 2023",
+            Traits(norm_bias=False, positions="alibi", attention_bias=False, mlp_bias=False),
+        ),
     )
 }
 

@@ -144,15 +144,15 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Scaled causal attention on separate heads; owns no parameter."""
+    """Scaled attention on separate heads; owns no parameter."""
 
     def __init__(self, logits: float, output: float, probability: float) -> None:
         super().__init__()
         self.logits, self.output, self.probability = logits, output, probability
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q: (..., heads, queries, d); k, v: (..., kv_heads, keys, d) -> q's shape."""
-        return attention(q, k, v, self.logits, self.output, self.probability if self.training else 0.0)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        """q: (..., heads, queries, d); k, v: (..., kv_heads, keys, d); bias: (heads, queries, keys) -> q's shape."""
+        return attention(q, k, v, self.logits, self.output, self.probability if self.training else 0.0, bias)
 
 
 class Dropout(nn.Module):

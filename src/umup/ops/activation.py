@@ -13,6 +13,17 @@ def gated_silu(gate: Tensor, up: Tensor, mult: float, output: float) -> Tensor:
     return scale(activated * up, output, output)
 
 
+def gated_gelu(gate: Tensor, up: Tensor, mult: float, output: float, approximate: str = "none") -> Tensor:
+    """`output * up * gelu(mult*gate) / mult` (GEGLU, 2002.05202)."""
+    activated = F.gelu(gate if mult == 1.0 else gate * mult, approximate=approximate)
+    return scale(activated * up, output / mult, output / mult)
+
+
+def relu(x: Tensor, output: float) -> Tensor:
+    """`output * relu(x)`, for which a temperature would be another output."""
+    return scale(F.relu(x), output, output)
+
+
 def silu(x: Tensor, mult: float, output: float) -> Tensor:
     """`output * x * sigmoid(mult*x)`."""
     activated = F.silu(x) if mult == 1.0 else x * torch.sigmoid(x * mult)

@@ -101,7 +101,7 @@ def scheme_record(scheme: Scheme) -> dict[str, Any]:
         for option in scheme.options
     }
     hparams = {h.name: {k: v for k, v in asdict(h).items() if k != "name"} for h in scheme.hparams}
-    return {**facts, "hparams": hparams, "options": options}
+    return {**facts, "norm_placements": list(scheme.norm_placements), "hparams": hparams, "options": options}
 
 
 def optimizer_record(optimizer: Optimizer) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def _horizon_record(rule: Rule) -> dict[str, Any]:
 
 
 def _plan(scheme: Scheme, optimizer: Optimizer, independent: bool) -> Plan:
-    specimen = _specimen(scheme.norm_placement)
+    specimen = _specimen(scheme.norm_placements[0])
     base = specimen if scheme.needs_base else None
     return make_plan(scheme.name, specimen, base, optimizer=optimizer.name, independent_weight_decay=independent)
 

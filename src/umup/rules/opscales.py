@@ -6,7 +6,8 @@ Each public function is a formula on floats; each `*_ops` table maps a kind of s
     RESIDUAL_*             branch, skip                          weights of the two paths, forward
                            split_grad, branch_grad               backward factors at the branch's start and end
     SDPA                   logits, output                        factor on q.k, factor on the result
-    GATED_SILU, SILU, GELU mult, output                          temperature inside, factor on the result
+    GATED_*, SILU, GELU    mult, output                          temperature inside, factor on the result
+    RELU                   output                                factor on the result
     DROPOUT                output                                factor on torch's (already rescaled) dropout
     LOSS                   logits, grad                          factor on logits, gradient of the summed loss
 
@@ -15,7 +16,7 @@ The empirical models are those of the unit-scaling library (2303.11257, appendix
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, log, pi, sqrt
+from math import asin, exp, log, pi, sqrt
 
 from umup.rules.roles import OpKind, OpSite, Sizes
 
@@ -56,6 +57,17 @@ def log_interpolate(weight: float, low: float, high: float) -> float:
 def gated_silu_scale(mult: float) -> float:
     """1/std of `u * g * sigmoid(mult*g)` on unit inputs: 2 where the gate is flat, sqrt(2) where it is a step."""
     return log_interpolate(1 / (1 + 1 / mult**2), 2.0, sqrt(2.0))
+
+
+def gated_gelu_scale(mult: float) -> float:
+    """1/std of `u * gelu(mult*g)/mult` on unit inputs, exactly.
+
+    E[(g Phi(mg))^2] = 1/4 + asin(m^2/(1+m^2))/(2 pi) + m^2/(pi (1+m^2) sqrt(1+2m^2)), from Owen's integrals of products
+    of normal distribution functions (1980).
+    """
+    square = mult**2
+    energy = 1 / 4 + asin(square / (1 + square)) / (2 * pi) + square / (pi * (1 + square) * sqrt(1 + 2 * square))
+    return 1 / sqrt(energy)
 
 
 def activation_scale(mult: float) -> float:
@@ -172,6 +184,18 @@ def _unit_gated_silu(site: OpSite, ctx: OpContext) -> dict[str, Value]:
     }
 
 
+def _unit_gated_gelu(site: OpSite, ctx: OpContext) -> dict[str, Value]:
+    mult = ctx.hparams.get("alpha_ffn_act", 1.0)
+    return {
+        "mult": Value(mult, "alpha_ffn_act", UMUP_OPS),
+        "output": Value(gated_gelu_scale(mult), "1/std(u*gelu(alpha_ffn_act*g)/alpha_ffn_act)", "closed form"),
+    }
+
+
+def _unit_relu(site: OpSite, ctx: OpContext) -> dict[str, Value]:
+    return {"output": Value(sqrt(2 / (1 - 1 / pi)), "sqrt(2/(1-1/pi))", UMUP_OPS)}
+
+
 def _unit_activation(site: OpSite, ctx: OpContext) -> dict[str, Value]:
     mult = ctx.hparams.get("alpha_ffn_act", 1.0)
     return {
@@ -213,8 +237,10 @@ SP_OPS: Mapping[OpKind, OpRule] = {
     OpKind.RESIDUAL_MLP: _plain_residual,
     OpKind.SDPA: _sp_sdpa,
     OpKind.GATED_SILU: _plain_activation,
+    OpKind.GATED_GELU: _plain_activation,
     OpKind.SILU: _plain_activation,
     OpKind.GELU: _plain_activation,
+    OpKind.RELU: _plain_output,
     OpKind.DROPOUT: _plain_output,
     OpKind.LOSS: _plain_loss,
 }
@@ -228,8 +254,10 @@ UNIT_OPS: Mapping[OpKind, OpRule] = {
     OpKind.RESIDUAL_MLP: _unit_residual,
     OpKind.SDPA: _unit_sdpa,
     OpKind.GATED_SILU: _unit_gated_silu,
+    OpKind.GATED_GELU: _unit_gated_gelu,
     OpKind.SILU: _unit_activation,
     OpKind.GELU: _unit_activation,
+    OpKind.RELU: _unit_relu,
     OpKind.DROPOUT: _unit_dropout,
     OpKind.LOSS: _unit_loss,
 }

@@ -192,7 +192,8 @@ class Plan:
         trunk = at_logits * head["grad_input"] / head["multiplier"]
         gains = {}
         for name, p in self.params.items():
-            path = at_logits if p is head else trunk * self._branch_gain(name)
+            in_head = name.rpartition(".")[0] == head.spec.name.rpartition(".")[0]
+            path = at_logits if in_head else trunk * self._branch_gain(name)
             gains[name] = path * p["grad_weight"] / p["multiplier"]
             if p is not head and not isclose(p["grad_input"], p["multiplier"], rel_tol=1e-9):
                 raise PlanError(f"{name}: grad_input differs from multiplier inside the network; cannot fold")
@@ -268,10 +269,10 @@ def _check_shapes(table: Scheme, architecture: Architecture, base: Architecture 
     if base is not None and not table.needs_base:
         raise PlanError(f"parametrization.base: scheme {table.name!r} is absolute and takes no base shape; remove it")
     placed = architecture.sizes.norm_placement
-    if placed != table.norm_placement:
+    if placed not in table.norm_placements:
         raise PlanError(
-            f"scheme {table.name!r} is made for blocks of norm_placement {table.norm_placement!r} and this model's is "
-            f"{placed!r}; write model.norm_placement: {table.norm_placement}"
+            f"scheme {table.name!r} is made for blocks of norm_placement {' or '.join(table.norm_placements)} and this "
+            f"model's is {placed}; write model.norm_placement: {table.norm_placements[0]}"
         )
 
 

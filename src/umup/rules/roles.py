@@ -51,8 +51,10 @@ class OpKind(StrEnum):
     RESIDUAL_MLP = "residual_mlp"
     SDPA = "sdpa"  # scaled dot-product attention, causal
     GATED_SILU = "gated_silu"
+    GATED_GELU = "gated_gelu"
     SILU = "silu"
     GELU = "gelu"
+    RELU = "relu"
     DROPOUT = "dropout"
     LOSS = "loss"
 
@@ -71,7 +73,7 @@ class Sizes:
 
     `num_layers` counts blocks. `tokens` is global, per optimizer step. `seq_len` is the training length: u-muP's
     attention scale is fixed there, so that a KV cache decodes with the constant it was trained with. `norm_placement`
-    says where a block normalises: "pre", its input, or "res_post", its output before it joins the stream.
+    says what a block normalises: "pre", a branch's input, "post", the sum, or "res_post", a branch's output.
     """
 
     num_layers: int

@@ -49,7 +49,7 @@ class Scheme:
     `one_rate`: every optimizer gives all parameters the same rate. `keeps_init`: a module's own initial weights are
     this scheme's. `needs_base`: formulas are relative to a base shape; `needs_base_depth`: to its depth, too. A
     `unit_scaled` one keeps tensors near RMS 1, so that FP8 and FP16 need no measured scale, and works only with
-    operations that carry its numbers. `norm_placement`: where blocks normalise.
+    operations that carry its numbers. `norm_placements`: where blocks may normalise, the usual place first.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Scheme:
     needs_base: bool = False
     needs_base_depth: bool = False
     unit_scaled: bool = False
-    norm_placement: str = "pre"
+    norm_placements: tuple[str, ...] = ("pre", "post")
     on_residual: Mapping[str, Cell] = field(default_factory=dict)
 
 
@@ -414,7 +414,7 @@ MUS = Scheme(
     title="munit scaling: fixed residual weights and res-post-norm",
     source=MUNIT,
     unit_scaled=True,
-    norm_placement="res_post",
+    norm_placements=("res_post",),
     ops=MUS_OPS,
     hparams=(_tau(0.4, "across width; falls with depth (0.4 at 4 layers)", MUNIT),),
     rows={

@@ -19,6 +19,7 @@ from umup.config.sections import OptimizerConfig, ParametrizationConfig, Precisi
 from umup.data.corpus import STDLIB, load_corpus
 from umup.errors import ConfigError
 from umup.models.build import build
+from umup.models.families import family
 from umup.models.specs import Shape, plan_for, shape_of
 from umup.numerics.gemm import Gemm
 from umup.ops.activation import gated_silu
@@ -87,8 +88,8 @@ SHAPES: Mapping[str, dict[str, Any]] = {
 def bench_shape(config: RunConfig) -> RunConfig:
     """A config's model and microbatch as the benchmark runs them. Raises ConfigError for what the twin has not."""
     s = shape_of(config.model)
-    row = s.family
-    if (row.norm, row.positions, row.activation, s.tied, s.dropout) != ("rms", "rotary", "gated_silu", False, 0.0):
+    llama = replace(family("llama").traits, norm_gain=s.traits.norm_gain)
+    if (s.traits, s.rotary_dim, s.dropout) != (llama, s.head_dim, 0.0):
         raise ConfigError(
             "bench: only decoders like llama, without tied embeddings or dropout, have a twin in plain torch; write "
             "model.family: llama, or ask --advise"

@@ -27,7 +27,7 @@ from umup.config.load import parse_config
 from umup.config.sections import BaseShape, OptimizerConfig, RunConfig
 from umup.errors import ConfigError, PlanError
 from umup.models.build import build
-from umup.models.specs import plan_for, shape_of
+from umup.models.specs import Shape, plan_for, shape_of
 from umup.nn.modules import Attention, Embedding, LayerNorm, Linear, Residual, RMSNorm, UseScales
 from umup.optim.adamw import make_optimizer
 from umup.optim.groups import param_groups
@@ -48,7 +48,9 @@ SIGN_LIKE = ("adamw", "adam", "nadam", "radam", "lion", "signsgd")
 def sized(config: RunConfig, point: Point) -> RunConfig:
     """The config at another width, depth or head size; a config that needs a base and has none becomes the base.
 
-    At the config's own head size heads are added, else their number stays. ConfigError where sizes do not divide.
+    At the config's own head size heads are added, else their number stays. Key heads keep their share, in multi-query
+    attention too: one head for a growing number of queries is not flat (docs/models.md). ConfigError where sizes do not
+    divide.
     """
     m, shape = config.model, shape_of(config.model)
     body = config.model_dump()
@@ -65,9 +67,11 @@ def sized(config: RunConfig, point: Point) -> RunConfig:
     model |= {"hidden_size": point.width, "num_layers": point.depth, "head_dim": point.head_dim, "dropout": 0.0}
     if m.intermediate_size is not None:
         model["intermediate_size"] = _share("intermediate_size", m.intermediate_size * point.width, m.hidden_size)
-    heads = point.width // point.head_dim
-    if m.num_kv_heads is not None:
-        model["num_kv_heads"] = point.num_kv_heads or max(1, m.num_kv_heads * heads // shape.num_heads)
+    if shape.num_kv_heads < shape.num_heads:
+        model["num_kv_heads"] = point.num_kv_heads or _kv_heads(shape, point.width // point.head_dim)
+        if (given := config.parametrization.base) is not None and given.num_kv_heads is None:
+            heads = given.hidden_size // (given.head_dim or m.head_dim)
+            body["parametrization"]["base"]["num_kv_heads"] = _kv_heads(shape, heads)
     model["max_seq_len"] = min(m.max_seq_len, LENGTH)
     body["train"] |= {"seed": point.seed, "device": "cpu", "batch_size": BATCH, "grad_accum": 1}
     body["precision"] = {"recipe": "fp32"}
@@ -77,6 +81,10 @@ def sized(config: RunConfig, point: Point) -> RunConfig:
     if point.weight_decay is not None:
         body["optimizer"]["weight_decay"] = point.weight_decay
     return parse_config(body)
+
+
+def _kv_heads(shape: Shape, heads: int) -> int:
+    return max(1, shape.num_kv_heads * heads // shape.num_heads)
 
 
 def _share(field: str, numerator: int, denominator: int) -> int:
@@ -227,5 +235,5 @@ def _uses(module: nn.Module) -> Iterator[tuple[str, UseScales]]:
         yield "weight", module.scales
     elif isinstance(module, RMSNorm | LayerNorm) and module.weight is not None:
         yield "weight", module.gain
-        if isinstance(module, LayerNorm):
+        if isinstance(module, LayerNorm) and module.bias is not None:
             yield "bias", module.shift

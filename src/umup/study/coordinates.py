@@ -177,7 +177,10 @@ class _Watch:
         self, module: nn.Module, own: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         """The output of the same call had the weights stayed as they were."""
-        initial = {name: self.start[id(p)] for name, p in own.items()}
+        # Not the bias beside a matrix: softmax sees no bias of the keys, whose gradient is rounding noise that becomes
+        # steps under Adam.
+        kept = {name for name, p in own.items() if p.ndim > 1} or own.keys()
+        initial = {name: self.start[id(p)] for name, p in own.items() if name in kept}
         self.busy = True
         try:
             old = _tensor(

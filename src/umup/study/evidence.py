@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from umup.config.sections import RunConfig
-from umup.models.specs import shape_of
+from umup.models.specs import TRAITS, shape_of
 from umup.rules.schemes import scheme as find_scheme
 
 TP5 = "2203.03466 section 6"
@@ -89,7 +89,7 @@ def warnings(proxy: RunConfig, target: RunConfig) -> list[Caveat]:
     base = target.parametrization.base
     if base is not None and base.hidden_size > t.hidden_size:
         found.append(Caveat(f"the base's width {base.hidden_size} exceeds the target's {t.hidden_size}", "2203.03466"))
-    if shape_of(t).tied and not find_scheme(name).one_rate:
+    if shape_of(t).traits.tie_embeddings and not find_scheme(name).one_rate:
         found.append(
             Caveat(
                 "the head is tied to the embedding, whose rules differ: one rate serves both", "2407.17465 abc table"
@@ -103,7 +103,7 @@ def _preconditions(target: RunConfig) -> list[Caveat]:
     found: list[Caveat] = []
     if row.one_rate:
         return found
-    if shape_of(target.model).norm_gain:
+    if shape_of(target.model).traits.norm_gain:
         found.append(
             Caveat(
                 "norms have trained gains, which hinder transfer; write model.norm_gain: false",
@@ -162,9 +162,7 @@ def _differences(proxy: RunConfig, target: RunConfig) -> list[tuple[str, object,
         ("model.max_seq_len", a.max_seq_len, b.max_seq_len),
         ("model.vocab_size", a.vocab_size, b.vocab_size),
         ("model.head_dim", a.head_dim, b.head_dim),
-        ("model.norm_gain", a.norm_gain, b.norm_gain),
-        ("model.norm_placement", a.norm_placement, b.norm_placement),
-        ("model.tie_embeddings", a.tied, b.tied),
+        *((f"model.{trait}", getattr(a.traits, trait), getattr(b.traits, trait)) for trait in TRAITS),
         ("data.source", proxy.data.source, target.data.source),
         ("data.tokenizer", proxy.data.tokenizer, target.data.tokenizer),
         ("precision.recipe", proxy.precision.recipe, target.precision.recipe),

@@ -83,7 +83,7 @@ class Rates:
 def sites(s: Shape) -> tuple[Site, ...]:
     """The products of a decoder, those that read one input joined."""
     d, f, n = s.hidden_size, s.intermediate_size, s.num_layers
-    gated = s.family.activation == "gated_silu"
+    gated = s.gated
     return (
         Site("qkv", d, d + 2 * s.kv_size, n, ("attn.q", "attn.k", "attn.v")),
         Site("out", d, d, n, ("attn.out",)),
