@@ -55,7 +55,8 @@ from umup.ops.linear import linear
 from umup.ops.scaled import scale
 from umup.optim.groups import load_state_tensors, param_groups, state_tensors
 from umup.optim.schedule import apply_factor, factor
-from umup.train.precision import ScaleKeeper, look_loss
+from umup.train.look import LookLoss
+from umup.train.precision import ScaleKeeper
 from umup.train.step import evaluate, to_device
 
 Row = dict[str, Any]
@@ -269,7 +270,7 @@ class Trainer:
         for step in which:
             inputs, targets = batches[step].long()
             if keeper.due(step - which.start):
-                keeper.look(step, partial(look_loss, self.model, (inputs, targets)))
+                keeper.look(step, LookLoss(self.model), inputs, targets)
             apply_factor(optimizer, factor(self.config.schedule, step, steps))
             optimizer.zero_grad(set_to_none=True)
             loss = self.loss_fn(inputs, targets)

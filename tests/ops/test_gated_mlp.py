@@ -19,7 +19,7 @@ from umup.numerics.gemm import W_ENCODE, Formats, Gemm, GemmState, entry, scale_
 from umup.ops.activation import gated_silu
 from umup.ops.gated_mlp import gated_mlp
 from umup.ops.linear import linear
-from umup.train.precision import measure_operands
+from umup.train.look import measure_operands
 
 TOKENS, WIDTH, INNER = 32, 48, 80
 GEMMS = (0.7, 1.3, 0.4), (1.1, 0.6, 0.9)

@@ -6,7 +6,7 @@ import torch.multiprocessing as mp
 
 from umup.numerics.formats import E4M3
 from umup.numerics.ranges import Range, choose, measure
-from umup.train.precision import agreed
+from umup.train.look import agreed
 
 
 def tensors_of(rank):

@@ -25,8 +25,9 @@ from umup.numerics.gemm import W_ENCODE, Formats, entry
 from umup.optim.adamw import make_optimizer
 from umup.optim.groups import param_groups
 from umup.train import loop, precision
+from umup.train.look import LookLoss, measure_operands
 from umup.train.loop import run_training
-from umup.train.precision import ScaleKeeper, look_loss, measure_operands, read_looks
+from umup.train.precision import ScaleKeeper, read_looks
 
 FP8 = {"recipe": "fp8", "backend": "emulate", "sample_every": 4}
 SCALED_MM = Formats(E4M3, E5M2, "scaled_mm")
@@ -132,7 +133,7 @@ def test_a_product_that_no_constant_serves_falls_back_and_says_so():
     keeper = ScaleKeeper(model, "adapt", 1, notice=lines.append)
     # Half of the energy sits 2^24 above the other half: no window of E4M3 holds both.
     x = torch.randn(64, 32) * torch.where(torch.arange(32) < 1, 2.0**12, 2.0**-12)
-    keeper.look(7, lambda: model["l"](x).square().sum())
+    keeper.look(7, lambda x: model["l"](x).square().sum(), x)
     (line,) = [line for line in lines if "input" in line]
     assert line.startswith("step 7: l input: bf16 (E4M3 at its best ")
     assert torch.equal(model["l"](x), Matmul(UseScales())(x, model["l"].weight))
@@ -452,7 +453,7 @@ def flushed(config):
     """Share of the linears' output gradients that fp16 makes zero."""
     model = build(config)
     names = [(n, m.matmul, (m.weight,)) for n, m in model.named_modules() if isinstance(m, Linear)]
-    seen = measure_operands(names, partial(look_loss, model, batch(length=128)))
+    seen = measure_operands(names, LookLoss(model), *batch(length=128))
     return max(r.flush_share(FP16, 0) for (_, operand), r in seen.items() if operand == "g")
 
 

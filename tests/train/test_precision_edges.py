@@ -10,7 +10,8 @@ from umup.nn.fp8 import encoded
 from umup.numerics.formats import encode
 from umup.numerics.gemm import W_ENCODE, entry
 from umup.optim.adamw import AdamW
-from umup.train.precision import ScaleKeeper, look_loss
+from umup.train.look import LookLoss
+from umup.train.precision import ScaleKeeper
 
 SIZES = {"hidden_size": 32, "num_layers": 3, "head_dim": 16, "max_seq_len": 16, "norm_gain": False}
 IDS = torch.randint(256, (2, 17), generator=torch.Generator().manual_seed(0))
@@ -31,7 +32,7 @@ def model_of(seed=0, model=None, **precision):
 
 def look(model, mode="adapt", step=0, **options):
     keeper = ScaleKeeper(model, mode, 1, **options)
-    keeper.look(step, lambda: look_loss(model, BATCH))
+    keeper.look(step, LookLoss(model), *BATCH)
     return keeper
 
 

@@ -31,7 +31,8 @@ from umup.optim.adamw import AdamW
 from umup.optim.schedule import apply_factor
 from umup.study.bench_variants import VARIANTS, Trainee, config_of, text_batches, trainee
 from umup.study.rooflines import Stopwatch
-from umup.train.precision import ScaleKeeper, look_loss
+from umup.train.look import LookLoss
+from umup.train.precision import ScaleKeeper
 
 BETAS = (0.9, 0.95)
 WARMUP = 8
@@ -120,7 +121,7 @@ def short_run(t: Trainee, loss_fn: Loss, batches: Batches, keeper: ScaleKeeper) 
     losses = []
     for step, batch in enumerate(batches):
         if keeper.due(step):
-            keeper.look(step, partial(look_loss, t.model, batch))  # type: ignore[arg-type]
+            keeper.look(step, LookLoss(t.model), *batch)  # type: ignore[arg-type]
         apply_factor(optimizer, min(1.0, (step + 1) / WARMUP))
         losses.append(_forward_backward(t, loss_fn, batch))
         optimizer.step()

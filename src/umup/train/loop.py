@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from math import isfinite
 from pathlib import Path
 from time import perf_counter
@@ -20,8 +19,9 @@ from umup.models.specs import plan_for
 from umup.optim.adamw import check_name, make_optimizer
 from umup.optim.groups import load_state_tensors, param_groups, state_tensors
 from umup.optim.schedule import apply_factor, factor
+from umup.train.look import LookLoss
 from umup.train.metrics import Metrics, append_metrics, final_losses, rewind_metrics
-from umup.train.precision import ScaleKeeper, look_loss
+from umup.train.precision import ScaleKeeper
 from umup.train.runtime import deferred_interrupts, device_of, open_run, restore_rng, rng_state
 from umup.train.step import StepResult, divergence, evaluate, to_device, train_step
 
@@ -124,7 +124,7 @@ def run_training(
                 inputs, targets, position = batches.next(position)
                 microbatches.append(to_device((inputs, targets), device))
             if keeper.due(step):
-                keeper.look(step, partial(look_loss, model, microbatches[0]))
+                keeper.look(step, LookLoss(model), *microbatches[0])
             scheduled = factor(config.schedule, step, t.steps)
             apply_factor(optimizer, scheduled)
             result = train_step(loss_fn, optimizer, microbatches, t.grad_clip)

@@ -1,38 +1,32 @@
 """Ranges of a run's operands: looked at now and then, recorded, and what follows from them.
 
-A look is one eager forward and backward pass over one sequence, beside the compiled step, which it leaves as it is and
-does not recompile. Output gradients under unit scaling do not depend on how many tokens share a batch, so one sequence
-shows their scale. What a look finds out of its band is moved to the band's middle (numerics/ranges.py), for both
-directions of drift; a tensor that no constant serves sends its product back to the stream's dtype.
+A look (train/look.py) is a pass over one sequence beside the compiled step, which it leaves as it is and does not
+recompile. Output gradients under unit scaling do not depend on how many tokens share a batch, so one sequence shows
+their scale. What a look finds out of its band is moved to the band's middle (numerics/ranges.py), for both directions
+of drift; a tensor that no constant serves sends its product back to the stream's dtype.
 """
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from umup.checkpoint import write_atomic
 from umup.errors import CheckpointError
-from umup.models.decoder import Decoder
-from umup.nn.fp8 import OPERANDS, Encoded, StaticMatmul, encoded, refresh_weights, write_weights
-from umup.nn.modules import Linear, Matmul, join
+from umup.nn.fp8 import OPERANDS, Encoded, encoded, refresh_weights, write_weights
+from umup.nn.modules import Linear
 from umup.numerics.formats import FloatFormat
-from umup.numerics.ranges import FLUSH_LIMIT, Range, choose, measure
-from umup.ops.loss import cross_entropy
+from umup.numerics.ranges import FLUSH_LIMIT, Range, choose
 from umup.optim.adamw import step_bound
+from umup.train.look import Looks
 
 LOOK = ("step", "product", "operand", "format", "exponent", "rms", "max", "nonfinite", "clip", "flush", "event")
 """A row of ranges.jsonl: one operand (x, g, w) of one product at one look, with the scale that it had then."""
 
-WEIGHT_SAMPLE = 2**20
-# What a look reads: enough for shares of 2^-20, and little beside a hundred steps.
-LOOK_TOKENS = 1024
 OPERAND_NAMES = {"x": "input", "g": "output gradient"}
 
 
@@ -48,6 +42,7 @@ class ScaleKeeper:
         notice: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.products = encoded(model)
+        self.looks = Looks(model, [(p.name, p.matmul, p.weights) for p in self.products])
         self.mode, self.every, self.record, self.notice = mode, every, record, notice
 
     def due(self, step: int) -> bool:
@@ -55,9 +50,12 @@ class ScaleKeeper:
         watching = bool(self.products) and self.mode in ("monitor", "adapt")
         return watching and (step % self.every == 0 or (step < self.every and step & (step - 1) == 0))
 
-    def look(self, step: int, loss: Callable[[], Tensor]) -> None:
-        """Measure every operand during `loss` and its backward pass; record; in mode `adapt` move what must move."""
-        ranges = measure_operands([(p.name, p.matmul, p.weights) for p in self.products], loss)
+    def look(self, step: int, loss: Callable[..., Tensor], *inputs: Tensor) -> None:
+        """Measure every operand during `loss(*inputs)` and its backward pass; record; in mode `adapt` move scales.
+
+        On a GPU, looks at a `LookLoss` become a CUDA graph (train/look.py); any other loss may do what it likes.
+        """
+        ranges = self.looks(loss, *inputs)
         spared = [p.matmul.spared for p in self.products]
         rows = [row for p in self.products for row in self._judge(step, p, ranges)]
         if spared != [p.matmul.spared for p in self.products]:
@@ -172,84 +170,9 @@ def _fields(p: Encoded) -> list[int]:
     return [bits for form in p.matmul.formats[:2] for bits in (form.exponent_bits, form.mantissa_bits)]
 
 
-def look_loss(model: Decoder, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """The loss of the beginning of a microbatch, its logits made by the head's own module so that they are seen."""
-    tokens, targets = (part[:1, :LOOK_TOKENS] for part in batch)
-    return cross_entropy(model(tokens), targets, model.loss_multiplier, model.loss_grad)
-
-
 def form_of(p: Encoded, operand: str) -> FloatFormat:
     """The format of an operand x, g or w of a product."""
     return p.matmul.formats.gradient if operand == "g" else p.matmul.formats.forward
-
-
-def measure_operands(
-    matmuls: list[tuple[str, Matmul, tuple[nn.Parameter, ...]]], loss: Callable[[], Tensor]
-) -> dict[tuple[str, str], Range]:
-    """(product, operand) -> Range, from one eager forward and backward pass; no parameter's gradient is touched.
-
-    Random numbers that the pass draws are put back. An operand that is not computed (frozen parts) is left out.
-    """
-    found: dict[tuple[str, str], Tensor] = {}
-    outputs: dict[str, Tensor] = {}
-    devices = {w.device for _, _, weights in matmuls for w in weights if w.is_cuda}
-    with torch.random.fork_rng(devices), _watch([(name, matmul) for name, matmul, _ in matmuls], found, outputs):
-        total = loss()
-    wanted = {name: out for name, out in outputs.items() if out.requires_grad}
-    grads = torch.autograd.grad(total, list(wanted.values()), allow_unused=True) if wanted else ()
-    found |= {(name, "g"): measure(grad) for name, grad in zip(wanted, grads, strict=True) if grad is not None}
-    for name, matmul, weights in matmuls:
-        found[name, "w"] = measure(join(tuple(w.detach()[:: -(-w.numel() // WEIGHT_SAMPLE)] for w in weights)))
-        if isinstance(matmul, StaticMatmul) and not matmul.spared:  # the last refresh saw every element
-            found[name, "w"][0] = matmul.amax[0]
-    keys = list(found)
-    return dict(zip(keys, map(Range.of, agreed(torch.stack([found[k] for k in keys])).cpu()), strict=True))
-
-
-def agreed(measured: Tensor) -> Tensor:
-    """The looks of all ranks as one, (operands, numbers): largest values compared, the rest added up.
-
-    Every rank then takes the same decisions. Without a process group there is nothing to agree on.
-    """
-    if dist.is_available() and dist.is_initialized():
-        largest = measured[:, 0].clone()
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        dist.all_reduce(measured)
-        measured[:, 0] = largest
-    return measured
-
-
-@contextmanager
-def _watch(
-    matmuls: list[tuple[str, Matmul]], found: dict[tuple[str, str], Tensor], outputs: dict[str, Tensor]
-) -> Iterator[None]:
-    """Measure the inputs of the modules, and keep their outputs, while the block runs."""
-
-    def before(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found[name, "x"] = measure(args[0].detach())
-
-        return hook
-
-    def after(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            outputs[name] = out
-
-        return hook
-
-    handles = []
-    static = [matmul for _, matmul in matmuls if isinstance(matmul, StaticMatmul)]
-    for name, matmul in matmuls:
-        handles += [matmul.register_forward_pre_hook(before(name)), matmul.register_forward_hook(after(name))]
-    for matmul in static:
-        matmul.watched = True
-    try:
-        yield
-    finally:
-        for matmul in static:
-            matmul.watched = False
-        for handle in handles:
-            handle.remove()
 
 
 def first_nonfinite(model: nn.Module, forward: Callable[[], Any]) -> str | None:
