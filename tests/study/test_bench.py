@@ -11,7 +11,7 @@ from umup.config.load import dump_yaml, parse_config
 from umup.errors import ConfigError
 from umup.models.specs import plan_for, products_for, shape_of
 from umup.study import rooflines
-from umup.study.bench import BenchPlan, Worker, groups, resident, run_bench
+from umup.study.bench import BenchPlan, Worker, bench_text, groups, resident, run_bench
 from umup.study.bench_variants import (
     VARIANTS,
     StockDecoder,
@@ -183,6 +183,9 @@ def test_a_run_on_a_cpu_has_speeds_and_losses_beside_each_other():
     assert [sp.variant, fp8.variant] == ["bf16_sp", "fp8"]
     assert sp.ratio == 1.0
     assert fp8.ratio == pytest.approx(sp.forward_backward_ms / fp8.forward_backward_ms)
+    assert sp.look_ms is None
+    assert fp8.look_percent == pytest.approx(100 * fp8.look_ms / (100 * fp8.step_ms))
+    assert f"fp8: a look at the scales takes {fp8.look_ms:.1f} ms" in bench_text(bench)
     for row in bench.rows:
         assert row.failure is None
         assert row.step_ms > row.forward_backward_ms > 0

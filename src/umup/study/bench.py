@@ -60,7 +60,8 @@ class BenchPlan:
 class Row:
     """One variant. Milliseconds are medians; `ratio` is the reference's forward + backward over this one's.
 
-    `gemm`, `attention`, `other` are milliseconds of kernels of one pass; None stands for what was not measured.
+    `gemm`, `attention`, `other` are milliseconds of kernels of one pass, `look_percent` is a look's share of 100 steps;
+    None stands for what was not measured.
     """
 
     variant: str
@@ -80,6 +81,8 @@ class Row:
     attention_ms: float | None = None
     other_ms: float | None = None
     attention_kernel: str | None = None
+    look_ms: float | None = None
+    look_percent: float | None = None
     compile_s: float | None = None
     spared: tuple[str, ...] = ()
     events: tuple[str, ...] = ()
@@ -220,6 +223,7 @@ def _run_group(
             say(f"round {number + 1} of {plan.rounds} timed")
         for worker in workers:
             worker.answers["profiled"] = worker.answer("profile") if device == "cuda" else {}
+            worker.answers["looked"] = worker.answer("look")
         times = {w.variant: _pooled(w, "forward_backward") for w in workers if w.failure is None}
         base = median(times[REFERENCE]) if REFERENCE in times else None
         return [_row(worker, plan, device, rates, base) for worker in workers]
@@ -237,6 +241,7 @@ def _row(worker: Worker, plan: BenchPlan, device: str, rates: Rates | None, base
     passes = median(_pooled(worker, "forward_backward"))
     step = passes + median(_pooled(worker, "optimizer"))
     medians = [median(answer["forward_backward"]) for answer in worker.rounds]
+    looks = worker.answers["looked"]["milliseconds"]
     layers = plan.shape.model.num_layers
     floor = None if rates is None else variant_floor(worker.variant, plan, device, rates)
     return Row(
@@ -256,6 +261,8 @@ def _row(worker: Worker, plan: BenchPlan, device: str, rates: Rates | None, base
         attention_ms=spent.get("attention"),
         other_ms=spent.get("other"),
         attention_kernel=seen.get("attention_kernel"),
+        look_ms=median(looks) if looks else None,
+        look_percent=median(looks) / step if looks else None,
         compile_s=worker.answers["compiled"]["seconds"],
         spared=tuple(ready["spared"]),
         events=tuple(ready["events"]),
@@ -281,6 +288,11 @@ def bench_text(bench: Bench) -> str:
     lines += [f"{row.variant}: sent back to bf16: {', '.join(row.spared)}" for row in bench.rows if row.spared]
     lines += [
         f"{row.variant}: attention is not cuDNN's but {row.attention_kernel}" for row in bench.rows if _foreign(row)
+    ]
+    lines += [
+        f"{row.variant}: a look at the scales takes {row.look_ms:.1f} ms, {row.look_percent:.2f}% of 100 steps"
+        for row in bench.rows
+        if row.look_ms is not None
     ]
     lines.append(f"{bench.machine}; {bench.tokens} tokens a pass, {bench.layers} layers. {SMALL_PRINT}")
     if bench.rates is not None:

@@ -4,6 +4,7 @@
     "go"                     -> {"event": "ready", ...}       a short training run
     "time STEPS"             -> {"event": "timed", ...}       as often as asked
     "profile"                -> {"event": "profiled", ...}    the kernels of one pass (GPU only)
+    "look"                   -> {"event": "looked", ...}      the last order: looks may move scales
 
 A process per variant because torchao changes the compiler for its whole process, and so that all variants compile at
 once while only one at a time is on the device. Between orders only the weights stay on it.
@@ -39,6 +40,8 @@ WARMUP = 8
 SETTLE = 3
 # The loss of a row is the mean over this many last steps.
 TAIL = 8
+# Looks that are timed, after those that warm up and record.
+LOOKS, UNSETTLED = 5, 3
 GIB = 2**30
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -90,6 +93,8 @@ def work(variant_name: str, shape: RunConfig, device: str, loss_steps: int, chan
     while order := channel.receive():
         if order[0] == "profile":
             channel.send("profiled", **profile(partial(_forward_backward, subject, loss_fn, batches[0])))
+        elif order[0] == "look":
+            channel.send("looked", milliseconds=look_times(subject, batches, keeper))
         else:
             channel.send("timed", **timings(subject, loss_fn, batches, keeper, int(order[1]), device))
         release(subject, device)
@@ -169,6 +174,19 @@ def timings(
         peak = torch.cuda.max_memory_allocated() / GIB
         memory = {"peak": peak, "activations": peak - torch.cuda.memory_allocated() / GIB}
     return {"forward_backward": spans[0::2], "optimizer": spans[1::2], **memory}
+
+
+def look_times(t: Trainee, batches: Batches, keeper: ScaleKeeper) -> list[float]:
+    """Milliseconds that looks hold a run up, each at a batch of its own; none where nothing is looked at."""
+    times = []
+    for i in range(UNSETTLED + LOOKS) if keeper.due(0) else ():
+        tokens, targets = batches[i % len(batches)]
+        if tokens.is_cuda:
+            torch.cuda.synchronize()
+        began = perf_counter()
+        keeper.look(i, LookLoss(t.model), tokens, targets)  # type: ignore[arg-type]
+        times.append(1000 * (perf_counter() - began))
+    return times[UNSETTLED:]
 
 
 def release(t: Trainee, device: str) -> None:
