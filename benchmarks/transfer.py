@@ -26,8 +26,9 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
-from benchmarks.fp8_quality import Data, Size, Trainer, default_source, read
-from benchmarks.fp8_quality import Trial as Run
+from benchmarks.fp8_quality import default_source, read
+from benchmarks.fp8_quality_session import Size
+from benchmarks.fp8_quality_trainer import Data, Trainer
 
 from umup.config.load import parse_config
 from umup.config.sections import RunConfig
@@ -106,6 +107,12 @@ class Session:
         proxy = self.proxy(cell.scheme)
         sized = AXES["depth"].resize(AXES["width"].resize(proxy, cell.width), cell.depth)
         return transfer(proxy, sized).config
+
+    def run(self, trial: Trial) -> RunConfig:
+        """The trial's own config."""
+        c = self.config(trial.cell)
+        optimizer = c.optimizer.model_copy(update={"lr": 2.0**trial.log2_lr})
+        return c.model_copy(update={"optimizer": optimizer, "train": c.train.model_copy(update={"seed": trial.seed})})
 
     def key(self, trial: Trial, digest: str) -> str:
         """Equal for trials that would repeat one another."""
@@ -216,7 +223,7 @@ def run(session: Session, data: Data, results: Results, budget: float) -> None:
         if trial.cell not in trainers:
             trainers = {trial.cell: Trainer(session.config(trial.cell), "bf16", session.device)}
         batches = data.order(trial.seed, session.steps)
-        row = trainers[trial.cell].train(Run("bf16", 2.0**trial.log2_lr, trial.seed), batches, data.held_out)
+        row = trainers[trial.cell].train(session.run(trial), batches, data.held_out)
         seconds = perf_counter() - start
         slowest[trial.cell] = max(slowest.get(trial.cell, 0.0), seconds)
         results.add(trial, row, seconds)
