@@ -7,7 +7,10 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -63,7 +66,7 @@ def gradients(model, tokens, targets):
 
 
 def drift(mode, octaves, operand, record=None):
-    """Twenty looks at a product whose input (x) or output gradient (g) drifts by 2^octaves: worst errors of all."""
+    """Twenty steps of a product whose input (x) or output gradient (g) drifts by 2^octaves: worst errors of all."""
     model, looks = one_linear(), 20
     linear, worst = model["l"], 0.0
     keeper = ScaleKeeper(model, mode, 1, record)
@@ -76,7 +79,8 @@ def drift(mode, octaves, operand, record=None):
         def loss(now=now, pull=pull):
             return (linear(now) * pull).sum()
 
-        keeper.look(step, loss)
+        if keeper.due(step):
+            keeper.look(step, loss)
         found = linear(now) if operand == "x" else torch.autograd.grad(loss(), linear.weight)[0]
         exact = now @ linear.weight.T if operand == "x" else pull.T @ now
         worst = max(worst, error(found, exact))
@@ -95,6 +99,7 @@ def test_a_drift_is_followed_without_clipping(octaves, operand, tmp_path):
     assert max(row["flush"] for row in rows) < 0.05
     assert 1 <= sum(row["event"] is not None for row in rows) <= 4
     assert followed < 0.1
+    assert drift("static", octaves, operand) > 5 * followed
     fixed = tmp_path / "fixed.jsonl"
     assert drift("monitor", octaves, operand, fixed) > 5 * followed
     last = [row for row in read_looks(fixed) if row["operand"] == operand][-1]
@@ -385,6 +390,30 @@ def test_activation_checkpointing_recomputes_no_product(tiny, backend, op):
     assert calls["recomputed"] > calls["plain"]
     for name in ("kept", "recomputed"):
         assert all(torch.equal(a, b) for a, b in zip(found["plain"], found[name], strict=True)), name
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("options", "backward"),
+    [(None, 8), ({"context_fn": keep_products}, 8), ({}, 12)],
+    ids=["plain", "kept", "recomputed"],
+)
+def test_compiled_checkpointing_recomputes_no_product_either(tiny, options, backward):
+    torch._dynamo.reset()
+    model = build(tiny(precision={**FP8, "backend": "scaled_mm"}))
+    layer, rotation, products = model.layers[0], (model.cos[:16], model.sin[:16]), []
+
+    def count(graph, inputs):
+        products.append(sum(node.target is torch.ops.aten._scaled_mm.default for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    def loss(x):
+        run = layer if options is None else partial(checkpoint, layer, use_reentrant=False, **options)
+        return run(x, rotation, None).float().square().sum()
+
+    backend = aot_autograd(fw_compiler=count, partition_fn=min_cut_rematerialization_partition)
+    torch.compile(loss, backend=backend, fullgraph=True)(torch.randn(4, 16, 32).bfloat16().requires_grad_()).backward()
+    assert products == [4, backward]
 
 
 @pytest.mark.parametrize("formats", [EMULATE, SCALED_MM, Formats(E4M3, E5M2, "emulate", dynamic=True)])
