@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from umup.config.load import parse_config
 from umup.models.build import build
@@ -25,7 +26,7 @@ def model_of(device="cpu", model=None, optimizer=None, **precision):
     body = {
         "model": {**sizes, **(model or {})},
         "optimizer": optimizer or {},
-        "precision": {"recipe": "fp8_head", "backend": backend, **precision},
+        "precision": {"recipe": "fp8_head", "backend": backend} | precision,
     }
     return build(parse_config(body), device=device)
 
@@ -111,6 +112,32 @@ def test_scales_move_after_a_replay_as_after_an_eager_look():
         seen.append(states[0]["layers.0.mlp.down"][0].item())
     assert seen[5] < seen[3] < seen[1] < seen[0]
     assert recorder.replays > 0
+
+
+class Count(TorchDispatchMode):
+    """FP8 products."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func is torch.ops.aten._scaled_mm.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_look_makes_no_gradient_that_it_does_not_measure():
+    model = model_of(backend="scaled_mm")
+    products = len(encoded(model))
+    with Count() as count:
+        found = looks_of(model)(LookLoss(model), *batch(0))
+    assert len(found) == 3 * products
+    # Forward, and the input gradients of all but the first: queries, keys and values of the first layer.
+    assert count.calls == products + products - 1
+
+
+def test_frozen_parts_before_a_product_hide_nothing_of_it():
+    model = model_of()
+    model.embed.weight.requires_grad_(False)
+    assert len(looks_of(model)(LookLoss(model), *batch(0))) == 3 * len(encoded(model))
 
 
 # --- when it is recorded -------------------------------------------------------------------------------------------

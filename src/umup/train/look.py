@@ -228,9 +228,12 @@ def in_place(
 def _watch(products: Sequence[Product], found: dict[Operand, Tensor], outputs: dict[str, Tensor]) -> Iterator[None]:
     """Measure the inputs of the modules, and keep their outputs, while the block runs."""
 
-    def before(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found[name, "x"] = measure(args[0].detach())
+    def before(name: str) -> Callable[..., tuple[Tensor, ...]]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            x, *weights = args
+            found[name, "x"] = measure(x.detach())
+            # The engine would make the weights' gradients, too, and nobody wants them.
+            return (x, *(w.detach() for w in weights)) if x.requires_grad else args
 
         return hook
 
