@@ -409,7 +409,7 @@ def test_compiled_checkpointing_recomputes_no_product_either(tiny, options, back
 
     def loss(x):
         run = layer if options is None else partial(checkpoint, layer, use_reentrant=False, **options)
-        return run(x, rotation, None).float().square().sum()
+        return run(x, Context(rotation)).float().square().sum()
 
     backend = aot_autograd(fw_compiler=count, partition_fn=min_cut_rematerialization_partition)
     torch.compile(loss, backend=backend, fullgraph=True)(torch.randn(4, 16, 32).bfloat16().requires_grad_()).backward()
