@@ -30,11 +30,12 @@ from umup.study.rooflines import Rates, floor_ms, measure_rates
 CONTEXT_BYTES = 10**9
 HEAD = (
     *("variant", "tokens/s", "fwd+bwd ms", "spread", "step ms", f"x {REFERENCE}", "floor ms", "of floor"),
-    *("peak GiB", "activations", "kernels/layer", "gemm ms", "attention", "other", "loss"),
+    *("of steady", "peak GiB", "activations", "kernels/layer", "gemm ms", "attention", "other", "loss"),
 )
 SMALL_PRINT = (
     "Medians; spread: between rounds. step: with the optimizer, and the encoding of weights where there is one. "
     "activations: peak less weights, gradients and optimizer. kernels/layer: all kernels of a pass over layers. "
+    "floor: from rates measured after a pause; steady: the same from rates at the power that a long run settles to. "
     "loss: after the same tokens, at each scheme's own rate."
 )
 
@@ -74,6 +75,7 @@ class Row:
     ratio: float | None = None
     floor_ms: float | None = None
     floor_percent: float | None = None
+    steady_percent: float | None = None
     peak_gib: float | None = None
     activations_gib: float | None = None
     kernels_per_layer: float | None = None
@@ -92,13 +94,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """The table, and the rates its floors come from (None on a CPU)."""
+    """The table, and the rates its floors come from (None on a CPU): after a pause, and at steady power."""
 
     machine: str
     tokens: int
     layers: int
     rows: tuple[Row, ...]
     rates: Rates | None
+    steady: Rates | None
 
 
 class Worker:
@@ -165,12 +168,11 @@ def run_bench(plan: BenchPlan, say: Callable[[str], None] = lambda line: None) -
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
     s = shape_of(plan.shape.model)
-    rates: Rates | None = None
+    rates: list[Rates] = []
 
-    def measured() -> Rates | None:
-        nonlocal rates
-        if cuda and rates is None:
-            rates = measure_rates(s, plan.shape.train.batch_size)
+    def measured() -> list[Rates]:
+        if cuda and not rates:
+            rates.extend(measure_rates(s, plan.shape.train.batch_size, steady) for steady in (False, True))
             torch.cuda.empty_cache()
         return rates
 
@@ -179,7 +181,9 @@ def run_bench(plan: BenchPlan, say: Callable[[str], None] = lambda line: None) -
         for row in _run_group(group, plan, device, measured, say):
             rows.setdefault(row.variant, row)
     machine = f"{torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__}"
-    return Bench(machine, plan.tokens, s.num_layers, tuple(rows[name] for name in plan.variants), rates)
+    return Bench(
+        machine, plan.tokens, s.num_layers, tuple(rows[name] for name in plan.variants), *(rates or (None, None))
+    )
 
 
 def resident(plan: BenchPlan, s: Shape, cuda: bool) -> int:
@@ -205,7 +209,7 @@ def _run_group(
     names: Sequence[str],
     plan: BenchPlan,
     device: str,
-    measured: Callable[[], Rates | None],
+    measured: Callable[[], list[Rates]],
     say: Callable[[str], None],
 ) -> list[Row]:
     threads = max(1, (os.cpu_count() or 1) // len(names))
@@ -233,7 +237,7 @@ def _pooled(worker: Worker, what: str) -> list[float]:
     return [t for answer in worker.rounds for t in answer[what]]
 
 
-def _row(worker: Worker, plan: BenchPlan, device: str, rates: Rates | None, base: float | None) -> Row:
+def _row(worker: Worker, plan: BenchPlan, device: str, rates: list[Rates], base: float | None) -> Row:
     if worker.failure is not None:
         return Row(worker.variant, failure=worker.failure)
     ready, seen, last = worker.answers["ready"], worker.answers["profiled"], worker.rounds[-1]
@@ -243,7 +247,7 @@ def _row(worker: Worker, plan: BenchPlan, device: str, rates: Rates | None, base
     medians = [median(answer["forward_backward"]) for answer in worker.rounds]
     looks = worker.answers["looked"]["milliseconds"]
     layers = plan.shape.model.num_layers
-    floor = None if rates is None else variant_floor(worker.variant, plan, device, rates)
+    floor, steady = [variant_floor(worker.variant, plan, device, r) for r in rates] or (None, None)
     return Row(
         worker.variant,
         loss=ready["loss"],
@@ -254,6 +258,7 @@ def _row(worker: Worker, plan: BenchPlan, device: str, rates: Rates | None, base
         ratio=None if base is None else base / passes,
         floor_ms=floor,
         floor_percent=None if floor is None else 100 * floor / passes,
+        steady_percent=None if steady is None else 100 * steady / passes,
         peak_gib=last.get("peak"),
         activations_gib=last.get("activations"),
         kernels_per_layer=seen["kernels"] / layers if seen else None,
@@ -317,6 +322,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         shown(row.ratio, ".3f"),
         shown(row.floor_ms, ".2f"),
         "-" if row.floor_percent is None else f"{row.floor_percent:.0f}%",
+        "-" if row.steady_percent is None else f"{row.steady_percent:.0f}%",
         shown(row.peak_gib, ".2f"),
         shown(row.activations_gib, ".2f"),
         shown(row.kernels_per_layer, ".1f"),

@@ -8,6 +8,9 @@ the sum of these over the model plus the bytes that must move besides, in BF16 a
 
 that is per layer two norms with residuals (8 d forward, 8 d backward each), rotary, SwiGLU (6 f, 10 f), and logits
 written, read and turned into their gradient. It is the same for all number formats, and an optimum nobody reaches.
+
+A GPU that trains runs at its power limit, and matrix products slow down with it. Rates are therefore measured twice:
+after a pause, as a floor that no run can beat, and `steady`, each after a third of a second of nothing else.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,6 +29,7 @@ from umup.ops.attention import attention
 from umup.rules.precision import Product, find_recipe, products
 
 REPEATS = 10
+STEADY_MS = 300.0
 COPY_BYTES = 2**30
 # Predictions closer to 1 than this do not tell.
 MARGIN = 1.05
@@ -98,8 +102,9 @@ def has_fp8() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 
 
-def measure_rates(s: Shape, batch: int) -> Rates:
-    """Time everything at `batch` sequences of the shape's length, on the GPU."""
+def measure_rates(s: Shape, batch: int, steady: bool = False) -> Rates:
+    """Time everything at `batch` sequences of the shape's length, on the GPU, after a pause or at steady power."""
+    settle = STEADY_MS if steady else 0.0
     tokens = batch * s.max_seq_len
     low = has_fp8()
     bf16, fp8 = {}, {}
@@ -108,37 +113,43 @@ def measure_rates(s: Shape, batch: int) -> Rates:
             torch.randn(n, dtype=torch.bfloat16, device="cuda")
             for n in ((tokens, site.fan_in), (site.fan_out, site.fan_in), (tokens, site.fan_out))
         )
-        bf16[site.name] = _bf16_products(x, w, g)
+        bf16[site.name] = _bf16_products(x, w, g, settle)
         if low:
-            fp8[site.name] = _fp8_products(x, w, g)
-    return Rates(bf16, fp8, _attention(s, batch), _copy())
+            fp8[site.name] = _fp8_products(x, w, g, settle)
+    return Rates(bf16, fp8, _attention(s, batch, settle), _copy())
 
 
-def _bf16_products(x: Tensor, w: Tensor, g: Tensor) -> tuple[float, float, float]:
-    return _three(lambda: x @ w.t(), lambda: g @ w, lambda: g.t() @ x)
+def _bf16_products(x: Tensor, w: Tensor, g: Tensor, settle: float) -> tuple[float, float, float]:
+    return _three(settle, lambda: x @ w.t(), lambda: g @ w, lambda: g.t() @ x)
 
 
-def _fp8_products(x: Tensor, w: Tensor, g: Tensor) -> tuple[float, float, float]:
+def _fp8_products(x: Tensor, w: Tensor, g: Tensor, settle: float) -> tuple[float, float, float]:
     formats, scales = Formats(E4M3, E5M2, "scaled_mm"), torch.ones(8, 1, 4, device=x.device)
     x8, w8, g8 = (t.to(d) for t, d in ((x, E4M3.dtype), (w, E4M3.dtype), (g, E5M2.dtype)))
     x8t, w8t, g8t = (t.view(torch.uint8).t().contiguous().view(t.dtype) for t in (x8, w8, g8))
 
     return _three(
+        settle,
         lambda: forward_product(x8, w8, formats, scales, x.dtype),
         lambda: forward_product(g8, w8t, formats, scales, x.dtype),
         lambda: forward_product(g8t, x8t, formats, scales, x.dtype),
     )
 
 
-def _three(*calls: Callable[[], object]) -> tuple[float, float, float]:
-    a, b, c = map(_time, calls)
+def _three(settle: float, *calls: Callable[[], object]) -> tuple[float, float, float]:
+    a, b, c = (_time(call, settle) for call in calls)
     return a, b, c
 
 
-def _time(call: Callable[[], object]) -> float:
+def _time(call: Callable[[], object], settle: float = 0.0) -> float:
+    """Milliseconds, median; `settle`: for how many of them it runs before."""
     for _ in range(3):
         call()
-    watch = Stopwatch("cuda")
+    watch, began = Stopwatch("cuda"), perf_counter()
+    while 1000 * (perf_counter() - began) < settle:
+        for _ in range(REPEATS):
+            call()
+        torch.cuda.synchronize()
     watch.mark()
     for _ in range(REPEATS):
         call()
@@ -146,7 +157,7 @@ def _time(call: Callable[[], object]) -> float:
     return median(watch.milliseconds())
 
 
-def _attention(s: Shape, batch: int) -> float:
+def _attention(s: Shape, batch: int, settle: float) -> float:
     q, k, v = (
         torch.randn(batch, s.max_seq_len, heads, s.head_dim, dtype=torch.bfloat16, device="cuda")
         .transpose(1, 2)
@@ -154,7 +165,7 @@ def _attention(s: Shape, batch: int) -> float:
         for heads in (s.num_heads, s.num_kv_heads, s.num_kv_heads)
     )
     upstream = torch.randn_like(q)
-    return _time(lambda: torch.autograd.grad(attention(q, k, v, s.head_dim**-0.5, 1.0), (q, k, v), upstream))
+    return _time(lambda: torch.autograd.grad(attention(q, k, v, s.head_dim**-0.5, 1.0), (q, k, v), upstream), settle)
 
 
 def _copy() -> float:
