@@ -129,7 +129,7 @@ class Trainer:
         torch.manual_seed(run.train.seed)
         initialise(self.model, self.plan, run.train.seed)
         if start is not None:
-            load_weights(self.model, start.weights, "common steps")
+            load_weights(self.model, start.weights.items(), "common steps")
         for product, exponents in zip(keeper.products, self.starting, strict=True):
             product.matmul.spared = False
             product.matmul.set_exponents(exponents)

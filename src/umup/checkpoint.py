@@ -15,14 +15,20 @@ Not covered: sharded state (torch.distributed.checkpoint).
 import hashlib
 import json
 import os
+import pickle
+import re
 import shutil
+import struct
 import tempfile
-from collections.abc import Iterator
+import warnings
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -108,20 +114,21 @@ def load_checkpoint(folder: Path) -> RunState:
     return RunState(state["step"], state["data"], load_file(folder / MODEL), **parts)
 
 
-def load_weights(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Copy named tensors into the model. Raises CheckpointError naming every parameter that does not fit."""
-    parameters = dict(model.named_parameters())
-    faults = [f"{n} is missing" for n in parameters if n not in tensors]
-    faults += [f"{n} is not in the model" for n in tensors if n not in parameters]
-    faults += [
-        f"{n} has shape {tuple(t.shape)}, the model wants {tuple(parameters[n].shape)}"
-        for n, t in tensors.items()
-        if n in parameters and parameters[n].shape != t.shape
-    ]
+def load_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
+    """Copy named tensors into the model, one at a time. Raises CheckpointError naming what does not fit."""
+    left = dict(model.named_parameters())
+    faults = []
+    for name, tensor in tensors:
+        parameter = left.pop(name, None)
+        if parameter is None:
+            faults.append(f"{name} is not in the model")
+        elif parameter.shape != tensor.shape:
+            faults.append(f"{name} has shape {tuple(tensor.shape)}, the model wants {tuple(parameter.shape)}")
+        else:
+            parameter.data.copy_(tensor)
+    faults += [f"{name} is missing" for name in left]
     if faults:
         raise CheckpointError(f"{where}: {'; '.join(faults)}")
-    for name, tensor in tensors.items():
-        parameters[name].data.copy_(tensor)
 
 
 def save_model(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -138,6 +145,109 @@ def load_model(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+class TensorFiles(Mapping[str, Tensor]):
+    """The tensors of safetensors files by name. Each is read when it is asked for, so what is not held costs nothing.
+
+    Raises CheckpointError for files that are missing, truncated or no safetensors.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._home: dict[str, Path] = {}
+        for file in files:
+            with _opened(file) as tensors:
+                self._home |= dict.fromkeys(tensors.keys(), file)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with _opened(self._home[name]) as tensors:
+            found: Tensor = tensors.get_tensor(name)
+            return found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._home
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._home)
+
+    def __len__(self) -> int:
+        return len(self._home)
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, "pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from None
+
+
+class TensorLayout(NamedTuple):
+    """What a file says of a tensor before its bytes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Its size in the file."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+# As safetensors calls them.
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+
+
+def write_tensors(path: Path, layout: Sequence[TensorLayout], tensors: Iterable[Tensor]) -> None:
+    """A safetensors file of tensors that come one at a time, in the layout's order: memory holds one of them.
+
+    The format: the header's length as 8 bytes, the header as JSON, padded so that tensors start at a multiple of 8, and
+    the tensors' bytes. Atomic.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for part in layout:
+        start, end = end, end + part.bytes
+        header[part.name] = {"dtype": DTYPE_NAMES[part.dtype], "shape": list(part.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    draft = path.with_name(f".{path.name}")
+    with draft.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for part, tensor in zip(layout, tensors, strict=True):
+            assert (tensor.dtype, tuple(tensor.shape)) == part[1:], part
+            file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    _flush(draft)
+    draft.rename(path)
+
+
+def load_pickled(path: Path) -> Any:
+    """What torch.save wrote, memory-mapped where its format (since torch 1.6) allows.
+
+    Raises CheckpointError for files that hold more than tensors and plain values, before anything in them runs, and for
+    damaged ones.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a foreign protocol, which is refused where it matters
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        named = f"it names {code[1]}" if code else "it is no pickle of torch.save"
+        raise CheckpointError(
+            f"{path}: refused before anything in it runs: it holds more than tensors and plain values ({named}); "
+            "save the weights as safetensors"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError):
+        raise CheckpointError(f"{path}: truncated, or not a file of torch.save; fetch it again") from None
 
 
 def write_atomic(path: Path, text: str) -> None:

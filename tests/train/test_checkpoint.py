@@ -5,9 +5,19 @@ import shutil
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from umup import checkpoint
-from umup.checkpoint import RunState, load_checkpoint, load_latest, load_weights, save_checkpoint
+from umup.checkpoint import (
+    RunState,
+    TensorFiles,
+    TensorLayout,
+    load_checkpoint,
+    load_latest,
+    load_weights,
+    save_checkpoint,
+    write_tensors,
+)
 from umup.errors import CheckpointError, RunError
 
 
@@ -86,10 +96,28 @@ def test_a_half_written_checkpoint_does_not_count(tmp_path):
     same(load_latest(tmp_path)[0], state(2))
 
 
+def test_tensors_written_one_at_a_time_are_a_safetensors_file(tmp_path):
+    tensors = {
+        "a": torch.randn(3, 5),
+        "b": torch.randn(7).bfloat16(),
+        "c": torch.randn(2, 2).to(torch.float8_e4m3fn),
+        "d": torch.randn(4, 3).half().t(),
+    }
+    path = tmp_path / "t.safetensors"
+    write_tensors(path, [TensorLayout(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()], iter(tensors.values()))
+    found = TensorFiles([path])
+    assert found.keys() == load_file(path).keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name].float(), tensor.float())
+        assert found[name].dtype == tensor.dtype
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0  # where tensors begin
+    assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]
+
+
 def test_weights_that_do_not_fit_are_all_named():
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 3, bias=False), "b": torch.nn.Linear(1, 1, bias=False)})
     with pytest.raises(CheckpointError) as caught:
-        load_weights(model, {"a.weight": torch.zeros(3, 5), "c.weight": torch.zeros(1)}, "here")
+        load_weights(model, {"a.weight": torch.zeros(3, 5), "c.weight": torch.zeros(1)}.items(), "here")
     for fault in ("a.weight has shape (3, 5)", "b.weight is missing", "c.weight is not in the model"):
         assert fault in str(caught.value)
 

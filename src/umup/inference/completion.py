@@ -97,7 +97,7 @@ def load_run(path: str | Path) -> LoadedRun:
             raise CheckpointError(f"run {run} has no weights yet; train it first")
         weights, step = state.model, state.step
     model = decoder(shape_of(config.model), plan, stream_of(config))
-    load_weights(model, weights, f"run {run}")
+    load_weights(model, weights.items(), f"run {run}")
     return LoadedRun(model, _tokenizer(run, config), config, plan, step)
 
 

@@ -90,7 +90,7 @@ def run_training(
         for line in refused:
             notice(f"refused {line}")
         if state is not None:
-            load_weights(model, state.model, f"run {out}")
+            load_weights(model, state.model.items(), f"run {out}")
             load_state_tensors(optimizer, state.optimizer)
             keeper.load(state.precision)
             restore_rng(state.rng, device)
