@@ -87,40 +87,46 @@ def to_ours(
     `ignored` names of theirs hold nothing that is learned (masks, tables). Raises CheckpointError naming what is
     missing, what is left over and what has another shape, before the first tensor is handed out.
     """
-    rows, sizes = _rows(table, shape), _stored(shape)
-    wanted = {r.theirs for r in rows}
-    faults = [f"{name} is missing" for name in wanted if name not in theirs]
+    rows, sizes = _placed(table, shape), _stored(shape)
+    wanted = dict.fromkeys(r.theirs for r in rows)
+    missing = [name for name in wanted if name not in theirs]
     left = [name for name in theirs if name not in wanted and not ignored(name)]
+    faults = [f"{name} is missing" for name in missing[:3]]
     faults += [f"{name} is in no place of this network ({did_you_mean(name, wanted)})" for name in left[:3]]
-    if len(left) > 3:
-        faults.append(f"and {len(left) - 3} more")
+    if rest := len(missing[3:]) + len(left[3:]):
+        faults.append(f"and {rest} more")
     if faults:
         raise CheckpointError("; ".join(faults))
     for r in rows:
-        yield from _unpacked(r, theirs[r.theirs], shape, sizes)
-
-
-def _unpacked(
-    r: Row, tensor: Tensor, shape: Shape, sizes: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, Tensor]]:
-    wanted = [sizes[name] for name in r.ours]
-    packed = tuple(r.packing.pack([torch.empty(size, device="meta") for size in wanted], shape).shape)
-    if tuple(tensor.shape) != packed:
-        raise CheckpointError(f"{r.theirs} has shape {tuple(tensor.shape)}, this network wants {packed}")
-    yield from zip(r.ours, r.packing.unpack(tensor, shape, [size[0] for size in wanted]), strict=True)
+        packed, tensor = _packed(r, shape, sizes), theirs[r.theirs]
+        if tuple(tensor.shape) != packed:
+            raise CheckpointError(f"{r.theirs} has shape {tuple(tensor.shape)}, this network wants {packed}")
+        yield from zip(r.ours, r.packing.unpack(tensor, shape, [sizes[name][0] for name in r.ours]), strict=True)
 
 
 def to_theirs(table: Sequence[Row], ours: Mapping[str, Tensor], shape: Shape) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of theirs, in the table's order, contiguous. Raises CheckpointError for parameters without a row."""
-    rows = _rows(table, shape)
-    placed = {name for r in rows for name in r.ours}
-    if homeless := [name for name in _stored(shape) if name not in placed]:
-        raise CheckpointError(f"the format has no place for {', '.join(homeless[:3])}")
-    for r in rows:
+    """Every tensor of theirs, in the table's order, contiguous. Raises CheckpointError as `layout` does."""
+    for r, _ in layout(table, shape):
         yield r.theirs, r.packing.pack([ours[name] for name in r.ours], shape).contiguous()
 
 
-def _rows(table: Sequence[Row], shape: Shape) -> list[Row]:
+def layout(table: Sequence[Row], shape: Shape) -> list[tuple[Row, tuple[int, ...]]]:
+    """Every tensor of theirs: its row, with layers counted out, and its shape.
+
+    Raises CheckpointError for parameters without a row.
+    """
+    rows, sizes = _placed(table, shape), _stored(shape)
+    found = {name for r in rows for name in r.ours}
+    if homeless := [name for name in sizes if name not in found]:
+        raise CheckpointError(f"the format has no place for {', '.join(homeless[:3])}")
+    return [(r, _packed(r, shape, sizes)) for r in rows]
+
+
+def _packed(r: Row, shape: Shape, sizes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    return tuple(r.packing.pack([torch.empty(sizes[name], device="meta") for name in r.ours], shape).shape)
+
+
+def _placed(table: Sequence[Row], shape: Shape) -> list[Row]:
     """The table with layers counted out, less what the network does not have."""
     stored = _stored(shape)
     found = []
