@@ -9,6 +9,7 @@ text becomes that token, which is the `tokenizers` package's rule. Not covered: 
 SentencePiece's own model files.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -68,6 +69,30 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int] | TokenArray) -> str:
         """The text of the bytes; what is not UTF-8 becomes U+FFFD."""
         return bytes(int(i) for i in ids if i < self.vocab_size).decode(errors="replace")
+
+
+def byte_tokenizer_json() -> str:
+    """`ByteTokenizer` as a Hugging Face tokenizer.json, for programs that want one: the same ids of every text.
+
+    Its model is BPE without merges over the 256 letters that stand for bytes there (GPT-2's: bytes that print as
+    themselves in Latin-1, the others from U+0100 on). The separator is no special token in it, as its letter may occur.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
+    by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    body: dict[str, Any] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": by_bytes,
+        "post_processor": None,
+        "decoder": by_bytes,
+        "model": {"type": "BPE", "vocab": {letters[byte]: byte for byte in range(256)}, "merges": []},
+    }
+    return json.dumps(body, ensure_ascii=False, indent=1)
 
 
 class HuggingFaceTokenizer:
