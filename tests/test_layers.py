@@ -40,6 +40,8 @@ TORCH_FREE = [
     "models.specs",
     "models.memory",
     "interop.torchtitan",
+    "interop.hf_config",
+    "interop.hf_formats",
     "interop.megatron",
     "cli.main",
 ]
