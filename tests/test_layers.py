@@ -40,6 +40,7 @@ TORCH_FREE = [
     "models.specs",
     "models.memory",
     "interop.torchtitan",
+    "interop.fold",
     "interop.hf_config",
     "interop.hf_formats",
     "interop.megatron",
