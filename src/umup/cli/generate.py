@@ -7,8 +7,8 @@ from umup.cli.arguments import Parser
 
 def run(arguments: list[str]) -> int:
     """Stream a completion to the terminal, or print it as JSON."""
-    parser = Parser("generate", "Text from a run, streamed as it is made.")
-    parser.add_argument("run", metavar="RUN", help="a run directory")
+    parser = Parser("generate", "Text from a run or an imported model, streamed as it is made.")
+    parser.add_argument("run", metavar="RUN", help="a run directory, or a Hugging Face directory")
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--max-tokens", type=int, default=200, help="tokens to make [200]")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy [0.8]")
@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> int:
     from umup.inference.generate import Sampling
 
     sampling = Sampling(known.temperature, known.top_k, known.top_p, known.seed)
-    loaded = load_run(known.run)
+    loaded = load_run(known.run, lambda line: print(line, file=sys.stderr))
     echo = known.prompt  # printed with the first piece: until then the prompt may be refused
     for piece in loaded.stream(known.prompt, known.max_tokens, sampling, tuple(known.stop)):
         if isinstance(piece, Completion):

@@ -1,17 +1,17 @@
 """A trained run as something to ask for text."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from umup.checkpoint import load_latest, load_model, load_weights
-from umup.config.load import load_config
+from umup.checkpoint import load_weights
 from umup.config.sections import RunConfig
-from umup.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
-from umup.errors import CheckpointError, InputError
+from umup.data.tokenizer import StreamDecoder, Tokenizer
+from umup.errors import InputError
 from umup.inference.generate import Sampling, generate
+from umup.interop.source import open_source, tokenizer_of, watched
 from umup.models.build import decoder, stream_of
 from umup.models.decoder import Decoder
 from umup.models.specs import shape_of
@@ -79,39 +79,17 @@ class LoadedRun:
         return last
 
 
-def load_run(path: str | Path) -> LoadedRun:
-    """A run directory's final weights, or its newest checkpoint if it has not finished. Raises CheckpointError."""
-    run = Path(path)
-    if not (run / "config.yaml").is_file() or not (run / "plan.json").is_file():
-        raise CheckpointError(
-            f"{run} is no run directory (no config.yaml and plan.json); write the --out of a training"
-        )
-    config = load_config(run / "config.yaml")
-    plan = Plan.from_json((run / "plan.json").read_text())
-    step = None
-    if (run / "model.safetensors").exists():
-        weights = load_model(run / "model.safetensors")
-    else:
-        state, _ = load_latest(run)
-        if state is None:
-            raise CheckpointError(f"run {run} has no weights yet; train it first")
-        weights, step = state.model, state.step
-    model = decoder(shape_of(config.model), plan, stream_of(config))
-    load_weights(model, weights.items(), f"run {run}")
-    return LoadedRun(model, _tokenizer(run, config), config, plan, step)
+def load_run(path: str | Path, notice: Callable[[str], None] = lambda line: None) -> LoadedRun:
+    """Whatever `interop.source` reads: a run's final weights, or its newest checkpoint; a Hugging Face directory.
 
-
-def _tokenizer(run: Path, config: RunConfig) -> Tokenizer:
-    own = run / "tokenizer.json"
-    if own.exists():
-        return load_tokenizer(str(own))
-    try:
-        known = json.loads((run / "data.json").read_text())["tokenizer"] is not None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{run / 'data.json'} is missing or damaged; train the run again") from None
-    if not known:
-        raise CheckpointError(f"run {run} was trained on ids of an unknown tokenizer; copy its tokenizer.json there")
-    return load_tokenizer(config.data.tokenizer)
+    `notice` is told what a person should know of it. Raises CheckpointError, and what the reader raises.
+    """
+    source = open_source(path)
+    for line in source.notes:
+        notice(line)
+    model = decoder(shape_of(source.config.model), source.plan, stream_of(source.config))
+    load_weights(model, watched(source, notice), str(source.path))
+    return LoadedRun(model, tokenizer_of(source), source.config, source.plan, source.step)
 
 
 def _held_back(text: str, stop: tuple[str, ...]) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from umup.errors import InputError
+from umup.errors import InputError, RunError
 from umup.models.decoder import Decoder, SelfAttention
 from umup.ops.cache import KVCache
 
@@ -61,7 +61,9 @@ def generate(
 
 
 def pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One id from logits (vocab)."""
+    """One id from logits (vocab). Raises RunError where they are no numbers."""
+    if logits.isnan().any():
+        raise RunError("the model's logits are NaN: its weights are no good, or its numbers left their format's range")
     if sampling.temperature == 0:
         return int(logits.argmax())
     scores = logits.cpu().double()
