@@ -63,6 +63,7 @@ def test_commands():
         "sweep",
         "transfer-check",
         "transfer",
+        "export",
         "bench",
     ]
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "sweep": "hyperparameter search on a proxy; resumable, and many workers may join",
     "transfer-check": "does a tuned value stay best over width, depth, batch or length: basins, drift, verdict",
     "transfer": "a target's complete config from a finished sweep or run: moves with rules, warnings, cost",
+    "export": "a model as another program's directory (Hugging Face's, or a run), and a comparison of logits",
     "bench": "the speed table of this machine: BF16, FP8, peers where installed; or whether FP8 pays for a config",
 }
 
