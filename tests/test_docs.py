@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from umup.config.load import parse_config, read_yaml
+from umup.interop.hf_formats import FORMATS
 from umup.models.specs import plan_for
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +38,20 @@ def test_any_module_page_runs(monkeypatch, capsys):
         exec(compile(code, "docs/any-module.md", "exec"), scope)
     assert "head.weight" in capsys.readouterr().out
     assert scope["keeper"].products
+
+
+def test_export_page_runs(monkeypatch, capsys):
+    """What it prints is what the page says."""
+    monkeypatch.chdir(ROOT)
+    (code,) = blocks("python", "docs/export.md")
+    exec(compile(code, "docs/export.md", "exec"), {})
+    assert blocks("text", "docs/export.md")[0] == capsys.readouterr().out
+
+
+def test_the_export_page_lists_every_format():
+    page = (ROOT / "docs" / "export.md").read_text()
+    for name, form in FORMATS.items():
+        assert f"`{form.architecture}` (`hf-{name}`)" in page
 
 
 def test_the_pages_of_the_checks_run(monkeypatch, capsys):
