@@ -125,8 +125,9 @@ def test_every_choice_of_an_option_moves_some_number(scheme):
         for name, choice in option.choices.items():
             assert choice.doc
             assert choice.source
+            factors = {h.name: 2 * h.default for h in choice.hparams}
             moved = plan(scheme, num_layers=4, base_layers=2).diff(
-                plan(scheme, num_layers=4, base_layers=2, options={option.name: name})
+                plan(scheme, num_layers=4, base_layers=2, options={option.name: name}, hparams=factors)
             )
             assert bool(moved) == (name != option.default), (option.name, name)
 
@@ -154,7 +155,7 @@ def test_norms_and_biases_do_not_decay(scheme):
         ({"hparams": {"alpha_res": float("inf")}}, "alpha_res: must be a positive number"),
         ({"options": {"depth_cuont": "L"}}, "no option 'depth_cuont'; did you mean 'depth_count'"),
         ({"options": {"embedding_lr": "constnat"}}, "unknown choice 'constnat'; did you mean 'constant'"),
-        ({"scheme": "sp", "options": {"depth_count": "L"}}, "no option 'depth_count'; it has none"),
+        ({"scheme": "ntp", "options": {"depth_count": "L"}}, "no option 'depth_count'; it has none"),
         ({"optimizer": "adamv"}, "unknown optimizer 'adamv'; did you mean 'adam'"),
         ({"scheme": "mup"}, "'mup' needs a base shape; write base"),
         ({"base": network()}, "'umup' is absolute and takes no base shape; remove it"),

@@ -53,6 +53,10 @@ OWN = {
     "sigma_init": "the module's own init is the base's; change it there",
     "alpha_attn": "the softmax scale is the module's own; change it there",
 }
+OWN_OPTIONS = {
+    "init": "the module's own init keeps its law; change it there",
+    "roles": "initial stds are the module's own, and only umup's decoders know attention from MLP",
+}
 RATE_TOLERANCE = 1e-6
 # Optimizer classes, in lower case, where a family's name and that of its `rest` do not say them.
 CLASSES = {"adam": ("adamw",), "muon_match_rms_adamw": ("muon", "adamw")}
@@ -182,6 +186,8 @@ def plan(
         raise PlanError(f"plan: scheme {scheme!r} is relative to a base; write base=<the model at the size you tuned>")
     for name in OWN.keys() & (hparams or {}).keys():
         raise PlanError(f"plan: hparams.{name}: {OWN[name]}")
+    for name in OWN_OPTIONS.keys() & (options or {}).keys():
+        raise PlanError(f"plan: options.{name}: {OWN_OPTIONS[name]}")
     found = discover(model, base, overrides=overrides)
     make = partial(
         make_plan,

@@ -108,6 +108,10 @@ def _hparams(schemes: Iterable[Scheme]) -> str:
     for s in schemes:
         for h in s.hparams:
             owners.setdefault(h, []).append(s.name)
+        for option in s.options:
+            for name, choice in option.choices.items():
+                for h in choice.hparams:
+                    owners.setdefault(h, []).append(f"{s.name} ({option.name}: {name})")
     rows = [
         (
             h.name,

@@ -15,7 +15,7 @@ from umup.nn.fp8 import convert, formats_of
 from umup.nn.modules import Attention, Dropout, Embedding, LayerNorm, Linear, Residual, RMSNorm, UseScales
 from umup.ops.activation import gated_gelu, gated_silu, gelu, relu, silu
 from umup.ops.attention import alibi_slopes, rotary_tables
-from umup.rules.plan import USE_QUANTITIES, Plan
+from umup.rules.plan import CUT, USE_QUANTITIES, Plan
 from umup.rules.precision import find_recipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -97,7 +97,7 @@ def decoder(shape: Shape, plan: Plan, dtype: torch.dtype = torch.float32) -> Dec
 
 @torch.no_grad()
 def initialise(model: nn.Module, plan: Plan, seed: int) -> None:
-    """Fill every stored parameter with normal(init_mean, init_std) of its plan.
+    """Fill every stored parameter with normal(init_mean, init_std) of its plan, cut where the plan says so.
 
     Each parameter has a generator of its own, seeded by (seed, name): one layer more or another scheme changes no
     other parameter's draw, so that runs of equal seed are paired.
@@ -105,8 +105,12 @@ def initialise(model: nn.Module, plan: Plan, seed: int) -> None:
     parameters = dict(model.named_parameters())
     for name, p in plan.stored.items():
         generator = torch.Generator().manual_seed(_seed_of(seed, name))
-        draw = torch.randn(p.spec.shape, generator=generator) * p["init_std"] + p["init_mean"]
-        parameters[name].copy_(draw)
+        draw = torch.empty(p.spec.shape)
+        if CUT in p.values:
+            nn.init.trunc_normal_(draw, 0.0, 1.0, -p[CUT], p[CUT], generator=generator)
+        else:
+            draw.normal_(generator=generator)
+        parameters[name].copy_(draw * p["init_std"] + p["init_mean"])
 
 
 def _seed_of(seed: int, name: str) -> int:

@@ -7,11 +7,12 @@ through `make_plan`, so that a listing cannot differ from what a run does.
 Not covered: what the choices of an option change in the table (formulas are those of the default choices).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from umup.rules.horizon import BATCH_RULES, DECAY_RULES, LENGTH_RULES, Rule
+from umup.rules.hparams import HParam
 from umup.rules.opscales import Value
 from umup.rules.optimizers import OPTIMIZERS, Optimizer
 from umup.rules.plan import Plan, make_plan
@@ -96,12 +97,19 @@ def scheme_record(scheme: Scheme) -> dict[str, Any]:
     options = {
         option.name: {
             "default": option.default,
-            "choices": {name: {"doc": c.doc, "source": c.source} for name, c in option.choices.items()},
+            "choices": {
+                name: {"doc": c.doc, "source": c.source, **({"hparams": _hparams(c.hparams)} if c.hparams else {})}
+                for name, c in option.choices.items()
+            },
         }
         for option in scheme.options
     }
-    hparams = {h.name: {k: v for k, v in asdict(h).items() if k != "name"} for h in scheme.hparams}
-    return {**facts, "norm_placements": list(scheme.norm_placements), "hparams": hparams, "options": options}
+    listed = {**facts, "norm_placements": list(scheme.norm_placements)}
+    return {**listed, "hparams": _hparams(scheme.hparams), "options": options}
+
+
+def _hparams(hparams: Iterable[HParam]) -> dict[str, Any]:
+    return {h.name: {k: v for k, v in asdict(h).items() if k != "name"} for h in hparams}
 
 
 def optimizer_record(optimizer: Optimizer) -> dict[str, Any]:

@@ -40,17 +40,24 @@ class Cell:
         return Cell(self.formula * other.formula, "; ".join(sources))
 
 
+# Where a factor acts: inside which kind of residual branch (None: wherever the role stands), on which role, quantity.
+Place = tuple[OpKind | None, Role, str]
+
+
 @dataclass(frozen=True)
 class Choice:
     """One alternative of an option: what it changes in the table.
 
-    `cells` replace cells; `on_residual` and `ops` replace the scheme's entries of that name; `depth_per_layer` is what
-    a layer counts in `depth`.
+    `cells` replace cells, `factors` multiply them; `on_residual` and `ops` replace the scheme's entries of that name;
+    `depth_per_layer` is what a layer counts in `depth`; `hparams` exist under this choice alone, and searches leave
+    them out unless they are named.
     """
 
     doc: str
     source: str
     depth_per_layer: float = 1.0
+    hparams: tuple[HParam, ...] = ()
+    factors: Mapping[Place, Cell] = field(default_factory=dict)
     cells: Mapping[tuple[Role, str], Cell] = field(default_factory=dict)
     on_residual: Mapping[str, Cell] = field(default_factory=dict)
     ops: Mapping[OpKind, OpRule] = field(default_factory=dict)

@@ -33,6 +33,8 @@ RESIDUALS = (OpKind.RESIDUAL_ATTN, OpKind.RESIDUAL_MLP)
 # What happens at a use of a weight, and what belongs to its storage (a tied use has only the first).
 USE_QUANTITIES = ("multiplier", "grad_input", "grad_weight")
 STORAGE_QUANTITIES = ("init_std", "init_mean", "lr", "eps", "weight_decay")
+# Present where a scheme cuts its normal distributions: at how many of their stds.
+CUT = "init_cut"
 
 
 @dataclass(frozen=True)
@@ -238,17 +240,19 @@ def make_plan(
     table = find_scheme(scheme)
     _check_shapes(table, architecture, base)
     chosen = resolve_options(scheme, table.options, options or {})
-    numbers = resolve_hparams(scheme, table.hparams, hparams or {})
     for option in table.options:
         table = _choose(table, option.choices[chosen[option.name]])
+    numbers = resolve_hparams(scheme, table.hparams, hparams or {})
     family = find_optimizer(optimizer)
     per_layer = prod(o.choices[chosen[o.name]].depth_per_layer for o in table.options)
+    branches = {s.name.removesuffix("residual"): s.kind for s in architecture.sites if s.kind in RESIDUALS}
     depth, base_depth = (a.sizes.num_layers * per_layer for a in (architecture, base or architecture))
     base_specs = {s.name: s for s in (base or architecture).params}
     symbols = {**numbers, "depth": depth, "base_depth": base_depth, "tokens": float(architecture.sizes.tokens)}
     params = {}
     for spec in architecture.params:
-        formulas = _formulas(table, spec, family.trains(spec), independent_weight_decay)
+        branch = next((kind for prefix, kind in branches.items() if spec.name.startswith(prefix)), None)
+        formulas = _formulas(table, spec, branch, family.trains(spec), independent_weight_decay)
         shapes = {**_sides(spec), **{f"base_{side}": n for side, n in _sides(base_specs[spec.name]).items()}}
         values = {
             quantity: Value(cell.formula.evaluate({**symbols, **shapes}), str(cell.formula), cell.source)
@@ -282,8 +286,14 @@ def _choose(table: Scheme, choice: Choice) -> Scheme:
         role: {**row, **{q: cell for (changed, q), cell in choice.cells.items() if changed is role}}
         for role, row in table.rows.items()
     }
-    on_residual = {**table.on_residual, **choice.on_residual}
-    return replace(table, rows=rows, on_residual=on_residual, ops={**table.ops, **choice.ops})
+    return replace(
+        table,
+        rows=rows,
+        on_residual={**table.on_residual, **choice.on_residual},
+        factors={**table.factors, **choice.factors},
+        hparams=(*table.hparams, *choice.hparams),
+        ops={**table.ops, **choice.ops},
+    )
 
 
 def _op_rule(table: Scheme, kind: OpKind) -> OpRule:
@@ -298,13 +308,18 @@ def _sides(spec: ParamSpec) -> dict[str, float]:
     return {"fan_in": fans[0], "fan_out": fans[1], "min_fan": min(fans), "max_fan": max(fans), "columns": columns}
 
 
-def _formulas(table: Scheme, spec: ParamSpec, family: Optimizer, independent: bool) -> dict[str, Cell]:
+def _formulas(
+    table: Scheme, spec: ParamSpec, branch: OpKind | None, family: Optimizer, independent: bool
+) -> dict[str, Cell]:
     """Quantity -> formula for one parameter under one optimizer family; a tied use has only what happens there."""
     if spec.role not in table.rows:
         raise PlanError(f"scheme {table.name!r} has no rule for role {spec.role} (parameter {spec.name})")
     row = dict(table.rows[spec.role])
     if spec.on_residual:
         row |= {q: row[q] * extra for q, extra in table.on_residual.items()}
+    for (kind, role, quantity), extra in table.factors.items():
+        if role is spec.role and kind in (None, branch):
+            row[quantity] = row[quantity] * extra
     uses = {q: row.get(q, row["multiplier"]) for q in USE_QUANTITIES}
     if spec.tied_to is not None:
         return uses
@@ -320,8 +335,10 @@ def _formulas(table: Scheme, spec: ParamSpec, family: Optimizer, independent: bo
     # Decoupled decay acts through the rate: what the family adds to that is taken out of the coupled factor.
     coupled = Cell(row["decay_coupled"].formula * factor.formula**-1, row["decay_coupled"].source)
     decay = row["decay_independent"] if independent else coupled
-    eps = Cell(ONE, f"{family.name} has no epsilon") if family.eps is None else converted(family.eps)
-    initial = {"init_std": row["init_std"], "init_mean": row["init_mean"]}
+    eps = Cell(ONE, f"{family.name} has no epsilon")
+    if family.eps is not None:
+        eps = row["eps"] if "eps" in row else converted(family.eps)
+    initial = {q: row[q] for q in ("init_std", "init_mean", CUT) if q in row}
     return {**initial, **uses, "lr": lr, "eps": eps, "weight_decay": decay}
 
 

@@ -8,6 +8,8 @@ Quantities of a row (rows are read by plan.py; nothing else interprets them):
     grad_weight           backward factor towards the parameter; absent: the multiplier
     lr                    factor on Adam's learning rate ("C"): the size of an update's entries
     grad                  size of an entry of the gradient: Adam's epsilon, and every other optimizer's rate, follow it
+    eps                   factor on epsilon; absent: what `grad` says
+    init_cut              the normal distribution is cut at this many stds; absent: it is not
     decay_independent     factor on weight decay when `w *= 1 - wd * lr_t/lr_peak`
     decay_coupled         factor on weight decay when `w *= 1 - lr_t * wd`, for Adam's lr
 
@@ -22,7 +24,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from umup.errors import PlanError, did_you_mean
-from umup.rules.hparams import Cell, Choice, HParam, Option
+from umup.rules.hparams import Cell, Choice, HParam, Option, Place, resolve_options
 from umup.rules.monomial import Monomial, constant, power, ratio
 from umup.rules.opscales import (
     FIXED_UNIT_OPS,
@@ -66,6 +68,7 @@ class Scheme:
     unit_scaled: bool = False
     norm_placements: tuple[str, ...] = ("pre", "post")
     on_residual: Mapping[str, Cell] = field(default_factory=dict)
+    factors: Mapping[Place, Cell] = field(default_factory=dict)
 
 
 def scheme(name: str) -> Scheme:
@@ -73,6 +76,13 @@ def scheme(name: str) -> Scheme:
     if name not in SCHEMES:
         raise PlanError(f"parametrization.scheme: unknown scheme {name!r}; {did_you_mean(name, SCHEMES)}")
     return SCHEMES[name]
+
+
+def hparams_of(name: str, options: Mapping[str, str]) -> tuple[HParam, ...]:
+    """The scheme's hyperparameters and those of the given choices. Raises PlanError for what does not exist."""
+    table = scheme(name)
+    chosen = resolve_options(name, table.options, options)
+    return (*table.hparams, *(h for o in table.options for h in o.choices[chosen[o.name]].hparams))
 
 
 def _row(
@@ -115,6 +125,24 @@ HALF = Monomial(2**-0.5)
 SIGMA_OUT = SIGMA * HALF * power("depth", "-1/2")
 SIGMA_INIT = HParam("sigma_init", 0.02, 0.002, 0.2, "with muP: across width", "std of the initial weights", GPT2)
 
+CEREBRAS = "2304.03208; Cerebras model zoo 2.10"
+LOOKUPS, READOUTS = (Role.EMBEDDING, Role.POSITION), (Role.READOUT, Role.TIED_READOUT)
+INIT = Option(
+    "init",
+    "normal",
+    {
+        "normal": Choice("initial weights are normal", GPT2),
+        "truncated": Choice(
+            "cut at two stds, which leaves a deviation of 0.8796 of the std; an untied head is not",
+            CEREBRAS,
+            cells={
+                (role, "init_cut"): Cell(constant(2.0), CEREBRAS)
+                for role in (*LOOKUPS, Role.INPUT, Role.HIDDEN, Role.HIDDEN_OUT)
+            },
+        ),
+    },
+)
+
 _sp_matrix = _row(GPT2, SIGMA)
 
 SP = Scheme(
@@ -122,6 +150,7 @@ SP = Scheme(
     title="standard parametrization",
     source=GPT2,
     hparams=(SIGMA_INIT,),
+    options=(INIT,),
     ops=SP_OPS,
     one_rate=True,
     keeps_init=True,
@@ -187,6 +216,106 @@ def _mup_rows(sigma_out: Monomial) -> dict[Role, Row]:
     }
 
 
+NANO = "EleutherAI nanoGPT-mup"
+# What the config formats of others name role by role: hyperparameter -> the place of its factor.
+ROLE_STDS: Mapping[str, tuple[Place, ...]] = {
+    "std_emb": tuple((None, role, "init_std") for role in LOOKUPS),
+    "std_attn_out": ((OpKind.RESIDUAL_ATTN, Role.HIDDEN_OUT, "init_std"),),
+    "std_ffn_in": ((OpKind.RESIDUAL_MLP, Role.HIDDEN, "init_std"),),
+    "std_ffn_out": ((OpKind.RESIDUAL_MLP, Role.HIDDEN_OUT, "init_std"),),
+    "std_head": ((None, Role.READOUT, "init_std"),),
+}
+ROLE_RATES: Mapping[str, tuple[Place, ...]] = {
+    "eta_attn": tuple((OpKind.RESIDUAL_ATTN, role, "lr") for role in (Role.HIDDEN, Role.HIDDEN_OUT)),
+    "eta_ffn_in": ((OpKind.RESIDUAL_MLP, Role.HIDDEN, "lr"),),
+    "eta_ffn_out": ((OpKind.RESIDUAL_MLP, Role.HIDDEN_OUT, "lr"),),
+}
+ROLE_FACTORS = Option(
+    "roles",
+    "together",
+    {
+        "together": Choice("one initial std and one rate for all roles, but for the embedding's rate", TP5),
+        "apart": Choice(
+            "a factor on the initial std and on the rate of every kind of matrix, as other programs' configs have it",
+            CEREBRAS,
+            hparams=(
+                *(
+                    HParam(name, 1.0, 0.1, 10.0, "across width", f"initial std of {what} over sigma_init", CEREBRAS)
+                    for name, what in zip(
+                        ROLE_STDS,
+                        ("embeddings", "attention outputs", "MLP inputs", "MLP outputs", "an untied head"),
+                        strict=True,
+                    )
+                ),
+                *(
+                    HParam(name, 1.0, 0.1, 10.0, "across width", f"learning-rate factor of {what}", CEREBRAS)
+                    for name, what in zip(ROLE_RATES, ("attention", "MLP inputs", "MLP outputs"), strict=True)
+                ),
+            ),
+            factors={
+                place: Cell(power(name), CEREBRAS)
+                for name, places in {**ROLE_STDS, **ROLE_RATES}.items()
+                for place in places
+            },
+        ),
+    },
+)
+
+
+def _mup_options() -> tuple[Option, ...]:
+    """On what muP's implementations differ; the defaults are the paper's and what follows from it."""
+    hidden = (Role.HIDDEN, Role.HIDDEN_OUT)
+    with_rate = {
+        **{(role, "decay_coupled"): Cell(ONE, CEREBRAS) for role in hidden},
+        **{(role, "decay_independent"): Cell(PER_IN, CEREBRAS) for role in hidden},
+        **{(role, "decay_independent"): Cell(power("eta_emb"), CEREBRAS) for role in LOOKUPS},
+    }
+    root = Cell(power("alpha_out") * ratio("fan_in", "-1/2"), CEREBRAS)
+    return (
+        Option(
+            "eps",
+            "inv_width",
+            {
+                "inv_width": Choice("epsilon falls with the gradient, 1/width", "2203.03466 app. B.3"),
+                "constant": Choice(
+                    "one epsilon, which a fall of gradients below it makes felt at large widths",
+                    f"microsoft/mup; {CEREBRAS}; {NANO}; llm.c",
+                    cells={(role, "eps"): Cell(ONE, CEREBRAS) for role in Role},
+                ),
+            },
+        ),
+        Option(
+            "decay",
+            "constant",
+            {
+                "constant": Choice("what a step takes of a weight does not depend on width", "2203.03466; llm.c"),
+                "with_rate": Choice(
+                    "decay acts through each parameter's own rate, so that hidden matrices lose 1/width as much",
+                    f"{CEREBRAS}; {NANO}",
+                    cells=with_rate,
+                ),
+            },
+        ),
+        Option(
+            "logits",
+            "inv_width",
+            {
+                "inv_width": Choice("logits by 1/width", TP5),
+                "inv_sqrt_width": Choice(
+                    "logits by 1/sqrt(width): scale_output_logits_by_d false",
+                    CEREBRAS,
+                    cells={
+                        **{(role, "multiplier"): root for role in READOUTS},
+                        **{(role, "grad"): Cell(ratio("fan_in", "-1/2"), CEREBRAS) for role in READOUTS},
+                    },
+                ),
+            },
+        ),
+        INIT,
+        ROLE_FACTORS,
+    )
+
+
 MUP = Scheme(
     name="mup",
     title="maximal update parametrization",
@@ -194,6 +323,7 @@ MUP = Scheme(
     needs_base=True,
     ops=MUP_OPS,
     hparams=MUP_HPARAMS,
+    options=_mup_options(),
     rows=_mup_rows(SIGMA_OUT),
 )
 
@@ -266,6 +396,7 @@ COMPLETEP = Scheme(
                 ),
             },
         ),
+        ROLE_FACTORS,
     ),
 )
 

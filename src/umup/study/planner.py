@@ -23,6 +23,7 @@ from umup.models.specs import base_shape_of, decoder_specs, shape_of
 from umup.optim.groups import FAMILIES
 from umup.rules.horizon import Horizon, Moved, Settings, move
 from umup.rules.optimizers import OPTIMIZERS
+from umup.rules.schemes import hparams_of
 from umup.rules.schemes import scheme as find_scheme
 from umup.study.axes import AXES, changed, value_at
 
@@ -192,7 +193,7 @@ def _copied(proxy: RunConfig) -> list[Move]:
             f"copied; transfers: {h.transfers}",
             source=h.source,
         )
-        for h in find_scheme(p.scheme).hparams
+        for h in hparams_of(p.scheme, p.options)
     ]
     moves += [Move(f"parametrization.options.{name}", choice, choice, "copied") for name, choice in p.options.items()]
     clip = proxy.train.grad_clip

@@ -17,6 +17,7 @@ from umup.config.load import parse_config, read_yaml
 from umup.config.sections import RunConfig
 from umup.errors import ConfigError, InputError
 from umup.models.specs import plan_for
+from umup.rules.schemes import hparams_of
 from umup.rules.schemes import scheme as find_scheme
 
 Number = int | float
@@ -55,7 +56,8 @@ def apply_values(config: RunConfig, values: Values) -> RunConfig:
 
 def base_values(config: RunConfig, space: Space) -> dict[str, Number]:
     """What the config itself says on every axis; the axis' middle value where it says nothing."""
-    table = {HPARAMS + h.name: h.default for h in find_scheme(config.parametrization.scheme).hparams}
+    p = config.parametrization
+    table = {HPARAMS + h.name: h.default for h in hparams_of(p.scheme, p.options)}
     given = _numbers(config.model_dump())
     return {axis.key: given.get(axis.key, table.get(axis.key, axis.values[len(axis.values) // 2])) for axis in space}
 
