@@ -304,3 +304,27 @@ def test_values_that_would_only_fail_later_are_refused(section, named):
 def test_an_unknown_key_that_is_called_like_a_type_is_named():
     with pytest.raises(ConfigError, match=r"unknown key 'data\.str'"):
         parse_config({"data": {"str": 1}})
+
+
+# --- YAML that is an attack -----------------------------------------------------------------------------------------
+
+
+def test_a_yaml_bomb_is_refused_at_once():
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    with pytest.raises(ConfigError, match="its aliases stand for more than 100000 values"):
+        read_yaml("\n".join(lines))
+
+
+def test_an_alias_within_itself_is_refused():
+    with pytest.raises(ConfigError, match="an alias stands within itself"):
+        read_yaml("a: &a [*a]")
+
+
+def test_deep_nesting_is_refused():
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        read_yaml("[" * 3000 + "]" * 3000)
+
+
+def test_a_loader_named_twice_is_no_bomb():
+    assert read_yaml("a: &x {b: 1}\nc: *x\nd: *x") == {"a": {"b": 1}, "c": {"b": 1}, "d": {"b": 1}}

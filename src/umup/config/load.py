@@ -32,6 +32,10 @@ class _Dumper(yaml.SafeDumper):
     """PyYAML's safe dumper, which quotes words that either YAML 1.1 or 1.2 would take for something else."""
 
 
+# Of one document, aliases followed.
+MOST_NODES = 100_000
+
+
 def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     return int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10))
 
@@ -53,16 +57,41 @@ for _tag, _pattern, _first in (
 
 
 def read_yaml(text: str) -> Any:
-    """Parse YAML text by 1.2's rules; ConfigError where it is not YAML."""
+    """Parse YAML text by 1.2's rules; ConfigError where it is not YAML, or where its aliases make a flood of it."""
     try:
-        return yaml.load(text, _Yaml12)
+        loader = _Yaml12(text)
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        if _nodes(root, {}) > MOST_NODES:
+            raise ConfigError(f"not a config: its aliases stand for more than {MOST_NODES} values")
+        return loader.construct_document(root)
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError("not YAML: it is nested too deeply, or an alias stands within itself") from None
+
+
+def _nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values that the node stands for, those of its aliases each time; RecursionError where one holds itself."""
+    if id(node) not in known:
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            children = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            children = node.value
+        known[id(node)] = 1 + sum(_nodes(child, known) for child in children)
+    return known[id(node)]
 
 
 def dump_yaml(config: BaseModel) -> str:
     """A resolved config as YAML, every field written out."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+
+
+def dump_body(body: Any) -> str:
+    """Any plain data as YAML that readers of 1.1 and 1.2 take alike; keys keep their order."""
+    return yaml.dump(body, Dumper=_Dumper, sort_keys=False)
 
 
 def load_config(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> RunConfig:
