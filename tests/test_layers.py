@@ -44,6 +44,9 @@ TORCH_FREE = [
     "interop.hf_config",
     "interop.hf_formats",
     "interop.megatron",
+    "interop.cerebras",
+    "interop.config_keys",
+    "interop.mup_numbers",
     "cli.main",
 ]
 
