@@ -46,7 +46,9 @@ TORCH_FREE = [
     "interop.megatron",
     "interop.cerebras",
     "interop.config_keys",
+    "interop.formats",
     "interop.mup_numbers",
+    "interop.nanogpt",
     "cli.main",
 ]
 
