@@ -1,8 +1,10 @@
 """The Python and YAML of the README and the docs run as they stand."""
 
 import re
+import shlex
 from pathlib import Path
 
+from umup.cli.main import main
 from umup.config.load import parse_config, read_yaml
 from umup.interop.hf_formats import FORMATS
 from umup.models.specs import plan_for
@@ -65,3 +67,20 @@ def test_the_pages_of_the_checks_run(monkeypatch, capsys):
 def test_readme_config_is_valid():
     for text in blocks("yaml"):
         assert plan_for(parse_config(read_yaml(text))).scheme == "umup"
+
+
+def test_the_convert_page_runs(monkeypatch, tmp_path, capsys):
+    """Blocks that begin with a file's name are that file; the commands run in their order."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/convert.md").read_text()
+    ran = 0
+    for language, text in re.findall(r"```(\w+)\n(.*?)```", page, re.DOTALL):
+        if language == "sh":
+            for line in text.splitlines():
+                assert main(shlex.split(line)[1:]) == 0, line
+                ran += 1
+        else:
+            Path(text.splitlines()[0].removeprefix("# ")).write_text(text)
+    assert ran >= 10
+    assert read_yaml(Path("mup.yaml").read_text())["model"]["output_logits_scale"] == 0.1
+    assert parse_config(read_yaml(Path("config-mup.yaml").read_text())).parametrization.scheme == "mup"

@@ -64,6 +64,7 @@ def test_commands():
         "transfer-check",
         "transfer",
         "export",
+        "convert",
         "bench",
     ]
 

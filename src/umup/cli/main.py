@@ -24,6 +24,7 @@ COMMANDS = {
     "transfer-check": "does a tuned value stay best over width, depth, batch or length: basins, drift, verdict",
     "transfer": "a target's complete config from a finished sweep or run: moves with rules, warnings, cost",
     "export": "a model as another program's directory (Hugging Face's, or a run), and a comparison of logits",
+    "convert": "configs across ecosystems: Cerebras (SP and muP), nanoGPT-mup, llm.c, umup; Megatron, torchtitan out",
     "bench": "the speed table of this machine: BF16, FP8, peers where installed; or whether FP8 pays for a config",
 }
 
