@@ -34,7 +34,7 @@ clean:
 # torch goes first and by itself, so that no other package's requirement can choose another build.
 .venv/.installed: .venv/.created pyproject.toml constraints.txt
 	$(PIP) torch==2.13.0
-	$(PIP) --editable '.[plots]'
+	$(PIP) --editable '.[plots,sweep]'
 	touch $@
 
 .venv/.installed-dev: .venv/.installed

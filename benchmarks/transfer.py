@@ -36,8 +36,8 @@ from umup.models.specs import shape_of
 from umup.plots.transfer import draw, write_csv
 from umup.rules.schemes import scheme as find_scheme
 from umup.study.axes import AXES
+from umup.study.lines import Line
 from umup.study.planner import transfer
-from umup.study.search import Line
 from umup.study.verdicts import TransferCheck, summary
 
 STEP = 0.5

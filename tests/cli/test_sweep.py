@@ -129,7 +129,7 @@ def test_without_optuna_it_says_what_to_install(sweep, tmp_path, capsys, monkeyp
     for name in [name for name in sys.modules if name.startswith("umup.study.")]:
         monkeypatch.delitem(sys.modules, name)
     assert sweep("--out", tmp_path / "study") == 2
-    assert "a sweep needs optuna; write: pip install 'umup[sweep]'" in capsys.readouterr().err
+    assert "a study of many trials needs optuna; write: pip install 'umup[sweep]'" in capsys.readouterr().err
 
 
 def states(out):

@@ -6,6 +6,7 @@ import pytest
 
 from umup.cli.main import main
 from umup.config.load import dump_yaml, load_config, parse_config
+from umup.models.specs import plan_for
 
 
 def write(path, body):
@@ -57,9 +58,10 @@ def test_check_then_transfer_a_run_then_train_what_it_wrote(proxy, body, tmp_pat
     found = json.loads(capsys.readouterr().out)
     assert code == {"pass": 0, "fail": 1, "undecided": 4}[found["verdict"]]
     assert set(found["sizes"]) == {"32", "64"}
-    assert {p.name for p in check.iterdir()} == {"trials.jsonl", "transfer.csv", "transfer.png", "check.json"}
-    assert main([str(a) for a in arguments]) == code  # everything is in the journal
-    capsys.readouterr()
+    made = {"study.json", "journal.log", "trials", "workers", "transfer.csv", "transfer.png", "check.json"}
+    assert {p.name for p in check.iterdir()} == made
+    assert main([str(a) for a in arguments]) == code
+    assert capsys.readouterr().err == ""  # everything is in the journal
 
     assert main(["train", str(proxy), "--out", str(run)]) == 0
     target = tmp_path / "target.yaml"
@@ -93,6 +95,31 @@ def test_check_then_transfer_a_run_then_train_what_it_wrote(proxy, body, tmp_pat
     capsys.readouterr()
     assert main(["transfer", str(run), "--target", str(target), "--out", str(out), *sizes]) == 2
     assert "a run has begun there" in capsys.readouterr().err
+
+
+SMALL = ["--sizes", "64", "--grid", "2^-1..2^1", "--step", "1", "--workers", "1"]
+
+
+def test_a_check_may_ask_for_more_and_repeats_nothing(proxy, refused, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "check"
+
+    def trials(*arguments):
+        assert main(["transfer-check", str(proxy), "--out", str(out), *SMALL, *arguments]) in (0, 1, 4)
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("trial ")]
+
+    first = trials("--seeds", "1")
+    assert f"trial {len(first) - 1}: umup width " in first[-1]
+    more = trials("--seeds", "2", "--penalty", "0.1")
+    assert more
+    assert all(", seed 1: loss" in line for line in more)
+    assert trials("--seeds", "2", "--optimizer.lr", "0.5") == []  # the grid's values replace it
+    for change in (["--optimizer.weight_decay", "0.1"], ["--hparam", "alpha_res"], ["--length-rule", "none"]):
+        line = refused("transfer-check", proxy, "--out", out, *SMALL, *change)
+        assert f"study {out} was made otherwise" in line
+        assert "choose another --out" in line
+    assert "was made otherwise" in refused("sweep", proxy, "--out", out)
+    monkeypatch.setattr("umup.study.todo.plan_for", lambda c: plan_for(c).shift({"head.weight": 2.0}))
+    assert "was made otherwise" in refused("transfer-check", proxy, "--out", out, *SMALL)
 
 
 CHECK = {

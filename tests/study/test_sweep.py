@@ -18,11 +18,12 @@ from umup.errors import CheckpointError, ConfigError, RunError
 from umup.study import ledger as ledger_module
 from umup.study import worker as worker_module
 from umup.study.dynamics import Dynamics
-from umup.study.ledger import Attempt, Ledger, Outcome, Point, State
+from umup.study.ledger import Ledger
 from umup.study.space import parse_space
-from umup.study.sweep import TRIES, Candidate, Sweep, candidates, load_study, open_study, pick, to_do, twenty_tokens
+from umup.study.sweep import Candidate, Sweep, candidates, load_study, open_study, pick, twenty_tokens
 from umup.study.sweep_report import conclude, report, summary, write_report
 from umup.study.sweep_run import find
+from umup.study.todo import TRIES, Attempt, Outcome, Point, State
 from umup.study.worker import FAILURES, work
 
 SPACE = parse_space({"optimizer.lr": "0.5..4"})
@@ -230,21 +231,21 @@ def attempt(number, point, loss=None, state=State.DONE, **faults):
 def test_what_is_claimed_is_not_open_and_what_failed_is(config):
     sweep = Sweep(config, SPACE, "grid")
     points = [Point({"optimizer.lr": axis}) for axis in SPACE[0].values]
-    assert to_do(sweep, []).open == tuple(points)
+    assert sweep.to_do([]).open == tuple(points)
     attempts = [
         attempt(0, points[0], 2.0),
         attempt(1, points[1], state=State.RUNNING),
         attempt(2, points[2], state=State.FAILED),
         attempt(3, points[3], state=State.RELEASED),
     ]
-    left = to_do(sweep, attempts)
+    left = sweep.to_do(attempts)
     assert left.open == (points[2], points[3])
     assert left.running == 1
     assert not left.finished
     attempts += [attempt(4 + i, points[2], state=State.FAILED) for i in range(TRIES - 1)]
-    assert to_do(sweep, attempts).open == (points[3],)
+    assert sweep.to_do(attempts).open == (points[3],)
     attempts += [attempt(90, points[3], state=State.RELEASED) for _ in range(TRIES)]
-    assert to_do(sweep, attempts).open == (points[3],)
+    assert sweep.to_do(attempts).open == (points[3],)
 
 
 def test_every_seed_is_run_and_the_mean_ranks(config):
@@ -255,7 +256,7 @@ def test_every_seed_is_run_and_the_mean_ranks(config):
             attempts.append(attempt(len(attempts), Point({"optimizer.lr": lr}, seed), loss))
     assert [c.values["optimizer.lr"] for c in candidates(sweep, attempts)] == [1, 0.5, 4, 2]
     assert len(candidates(sweep, attempts[:-1])) == 3
-    assert to_do(sweep, attempts[:-1]).open == (Point({"optimizer.lr": 4}, 1),)
+    assert sweep.to_do(attempts[:-1]).open == (Point({"optimizer.lr": 4}, 1),)
     assert sweep.config_of(Point({"optimizer.lr": 4}, 1)).train.seed == 1
 
 
@@ -398,7 +399,7 @@ def test_ctrl_c_gives_the_trial_back(config, folder, losses):
     open_study(folder, Sweep(config, SPACE))
     for _ in range(TRIES + 1):
         with pytest.raises(KeyboardInterrupt):
-            work(folder, quiet)
+            work(load_study(folder), folder)
     assert {a.state for a in Ledger(folder).attempts()} == {State.RELEASED}
     assert list((folder / "workers").iterdir()) == []
     losses.loss = good
@@ -412,7 +413,7 @@ def test_a_full_disk_ends_the_worker(config, folder, losses):
     good, losses.loss = losses.loss, full
     open_study(folder, Sweep(config, SPACE))
     with pytest.raises(OSError, match="No space left"):
-        work(folder, quiet)
+        work(load_study(folder), folder)
     losses.loss = good
     assert find(folder, 1, quiet).trials == 4
 
@@ -433,7 +434,7 @@ def test_another_hosts_worker_is_dead_once_it_is_silent(config, folder, losses):
     with worker_module._alive(folder) as name:
         me = worker_module._Worker(folder, load_study(folder), ledger, name, quiet)
         for _ in range(3):
-            assert not me.turn()
+            assert not me.turn().finished
     states = {a.number: a.state for a in ledger.attempts()}
     assert states[0] == State.RUNNING
     assert states[1] == State.FAILED
@@ -445,12 +446,14 @@ import sys, time
 from pathlib import Path
 from umup.study import worker
 from umup.study.dynamics import Dynamics
-from umup.study.ledger import Outcome
+from umup.study.sweep import load_study
+from umup.study.todo import Outcome
 def slow(config, home):
     print("running", flush=True)
     time.sleep(60)
 worker.run_here = slow
-worker.work(Path(sys.argv[1]), print)
+folder = Path(sys.argv[1])
+worker.work(load_study(folder), folder, print)
 """
 
 

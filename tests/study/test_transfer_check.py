@@ -2,7 +2,6 @@
 
 import csv
 import json
-from concurrent.futures import Future
 from math import inf, log2
 
 import numpy as np
@@ -12,9 +11,8 @@ from umup.config.load import parse_config
 from umup.errors import ConfigError, DivergedError
 from umup.plots.transfer import draw, write_csv
 from umup.study.basin import difference, fit, slope, window
-from umup.study.journal import Journal, Trial, key_of
-from umup.study.search import Line, Runner
-from umup.study.transfer_check import CheckPlan, default_grid, dotted, double_sizes, run_check
+from umup.study.lines import Line
+from umup.study.transfer_check import CheckPlan, Checks, default_grid, dotted, double_sizes, judged
 from umup.study.verdicts import Tolerance, TransferCheck, as_document, summary
 
 GRID = [i / 2 for i in range(-6, 7)]
@@ -202,25 +200,16 @@ def test_the_figure_has_its_numbers_beside_it(tmp_path):
 # --- the search ---------------------------------------------------------------------------------------------------
 
 
-class Instant:
-    """A pool whose trials take no time: the loss is a function of the config."""
-
-    def __init__(self, loss):
-        self.loss, self.ran = loss, []
-
-    def submit(self, _, config):
-        self.ran.append(config)
-        future = Future()
-        loss = self.loss(config)
-        future.set_result(Trial(key_of(config), loss, loss))
-        return future
-
-
 @pytest.fixture
-def run(tmp_path):
+def run():
+    """Search and judge with a loss that is a function of the config; (the check, the configs that ran)."""
+
     def go(plan, loss):
-        pool = Instant(loss)
-        return run_check(plan, Runner(Journal(tmp_path / "t.jsonl"), pool, lambda *n: None)), pool.ran
+        checks, losses, ran = Checks((plan,)), {}, []
+        while left := [p for p in plan.search(losses)[0] if p.name not in losses]:
+            ran += (configs := [checks.config_of(p) for p in left])
+            losses |= {p.name: loss(c) for p, c in zip(left, configs, strict=True)}
+        return judged(plan, plan.search(losses)[1]), ran
 
     return go
 
@@ -247,7 +236,7 @@ def test_a_drifting_width_is_found_and_its_grid_extended(run):
     assert [found.drift(w) for w in (64, 128)] == pytest.approx([-1, -2], abs=0.05)
     assert min(found.lines[128].losses) <= -2.5
     assert found.verdict == "fail"
-    assert len({key_of(c) for c in ran}) == len(ran)
+    assert len({c.model_dump_json() for c in ran}) == len(ran)
     assert all(len(line.losses[found.rate]) == 3 for line in found.lines.values())
     assert all(c.train.eval_every == c.train.steps for c in ran)
 

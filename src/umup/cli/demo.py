@@ -41,9 +41,8 @@ def _story(out: Path, fast: bool, workers: int, as_json: bool) -> int:
     from umup.checkpoint import make_directory, write_atomic
     from umup.data.tokens import prepare
     from umup.plots.transfer import draw, write_csv
-    from umup.study.demo import FAST, FULL, proxy_config, summary, sweep
-    from umup.study.journal import Journal
-    from umup.study.search import Runner, worker_pool
+    from umup.study.demo import FAST, FULL, check_of, proxy_config, summary
+    from umup.study.transfer_check import transfer_checks
 
     def say(text: str = "") -> None:
         print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
@@ -53,13 +52,12 @@ def _story(out: Path, fast: bool, workers: int, as_json: bool) -> int:
     make_directory(out)
     first = proxy_config(demo, next(iter(demo.grids)))
     files = prepare(first.data, first.model.vocab_size, first.tokens_per_batch)
-    corpus = "/".join(files.record[part]["sha256"] for part in ("train", "val"))
     say(f"text: {len(files.train):,} bytes of this Python's library to train on, {len(files.val):,} held out")
     say(
         f"1. sweep: widths {', '.join(map(str, demo.widths))}, schemes {', '.join(demo.grids)}, {demo.steps} steps each"
     )
-    with worker_pool(workers) as pool, trials_bar("   trials") as observe:
-        transfers = sweep(demo, Runner(Journal(out / "trials.jsonl", corpus), pool, observe))
+    with trials_bar("   trials") as observe:
+        transfers = transfer_checks([check_of(demo, scheme) for scheme in demo.grids], out, workers, observe=observe)
     write_csv(transfers, out / "transfer.csv")
     title = f"tuned at width {demo.proxy}; two layers, {demo.steps} steps of 1024 bytes of Python; bars: seeds"
     draw(transfers, out / "transfer.png", title)

@@ -90,7 +90,7 @@ def _check(parser: Parser, known: "argparse.Namespace", axes: bool) -> None:
 def _sweep(known: "argparse.Namespace", config: RunConfig, axes: dict[str, Any]) -> "Sweep":
     from umup.study.space import parse_space, table_space
     from umup.study.sweep import Sweep, twenty_tokens
-    from umup.study.sweep_run import corpus_of
+    from umup.study.workers import corpus_of
 
     given = {**_file_axes(known.space), **axes} if known.space is not None else axes
     second = None if known.shortlist is None else twenty_tokens(load_config(known.shortlist))

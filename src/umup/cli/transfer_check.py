@@ -86,13 +86,12 @@ def _grid(text: str, step: float) -> tuple[float, ...]:
 
 def _measure(plan: "CheckPlan", out: Path, workers: int, as_json: bool) -> int:
     from umup.checkpoint import write_atomic
-    from umup.cli.demo import trials_bar
+    from umup.cli.sweep import say
     from umup.plots.transfer import draw, write_csv
     from umup.study.transfer_check import transfer_check
     from umup.study.verdicts import as_document
 
-    with trials_bar("trials") as observe:
-        check = transfer_check(plan, out, workers, observe)
+    check = transfer_check(plan, out, workers, say)
     found = as_document(check)
     write_csv([check], out / "transfer.csv")
     write_atomic(out / "check.json", json.dumps(found, indent=1))

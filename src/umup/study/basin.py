@@ -19,7 +19,7 @@ from math import inf, isfinite, sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from umup.study.search import Line
+from umup.study.lines import Line
 
 OCTAVE = 1.0
 CLIFF = 4.0

@@ -4,15 +4,14 @@ Everything is small enough for two CPU cores, and nothing is special to it: conf
 ones that a real study uses. What it reports is measured where it runs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
 from umup.config.load import parse_config
 from umup.config.sections import RunConfig
-from umup.study.planner import transfer_width
-from umup.study.search import Line, Runner
-from umup.study.transfer_check import measure
+from umup.study.lines import Line
+from umup.study.transfer_check import CheckPlan
 from umup.study.verdicts import Tolerance, TransferCheck
 
 
@@ -85,33 +84,16 @@ def proxy_config(demo: DemoPlan, scheme: str) -> RunConfig:
     )
 
 
-def at(demo: DemoPlan, scheme: str, width: int) -> Callable[[float, int], RunConfig]:
-    """(lr, seed) -> the scheme's config at a width."""
-
-    def make(lr: float, seed: int) -> RunConfig:
-        config = transfer_width(proxy_config(demo, scheme), lr, width).config
-        return config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
-
-    return make
-
-
-def sweep(demo: DemoPlan, runner: Runner) -> list[TransferCheck]:
-    """Search every line, then give each width the transferred rate's missing seeds."""
-    labels = {f"{scheme}/{width}": (scheme, width) for width in demo.widths for scheme in demo.grids}
-    makers = {label: at(demo, *key) for label, key in labels.items()}
-    proxies = {label: f"{scheme}/{demo.proxy}" for label, (scheme, _) in labels.items()}
-    lines = measure(
-        runner, makers, {label: list(demo.grids[s]) for label, (s, _) in labels.items()}, demo.seeds, proxies
+def check_of(demo: DemoPlan, scheme: str) -> CheckPlan:
+    """The scheme's lines over the widths."""
+    return CheckPlan(
+        proxy_config(demo, scheme), demo.widths[1:], demo.grids[scheme], seeds=demo.seeds, tolerance=TOLERANCE
     )
-    return [
-        TransferCheck(scheme, demo.proxy, {width: lines[f"{scheme}/{width}"] for width in demo.widths}, TOLERANCE)
-        for scheme in demo.grids
-    ]
 
 
 def final_config(demo: DemoPlan, transfer: TransferCheck) -> RunConfig:
     """The widest model at the transferred rate, trained for longer than the sweep's runs."""
-    config = at(demo, transfer.scheme, demo.widths[-1])(2.0**transfer.rate, 0)
+    config = check_of(demo, transfer.scheme).config(demo.widths[-1], 2.0**transfer.rate, 0)
     steps = demo.final_steps
     schedule = config.schedule.model_copy(update={"warmup_steps": steps // 10})
     train = config.train.model_copy(update={"steps": steps, "eval_every": steps // 4, "checkpoint_every": steps // 4})

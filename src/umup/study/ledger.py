@@ -1,4 +1,4 @@
-"""The record of a sweep: Optuna's journal file, which many processes and hosts append to, and whose turn it is.
+"""The record of a study: Optuna's journal file, which many processes and hosts append to, and whose turn it is.
 
 A trial of the journal is one *attempt* at a point. A worker takes a turn (a lock file beside the journal) in which it
 reads what everyone has done, decides, and claims a point; it trains outside of the turn. What an attempt stands for is
@@ -13,8 +13,7 @@ Not covered: databases, Redis, Optuna's pruners.
 import json
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
-from enum import StrEnum
+from dataclasses import asdict
 from importlib.util import find_spec
 from math import inf
 from pathlib import Path
@@ -22,7 +21,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from umup.errors import CheckpointError, MissingExtraError
 from umup.study.dynamics import Dynamics
-from umup.study.space import Number, Space, Values, name_of
+from umup.study.space import Number, Values
+from umup.study.todo import Ask, Attempt, Outcome, Point, State
 
 try:
     import optuna
@@ -31,59 +31,12 @@ try:
     from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, JournalFileOpenLock, JournalStorage
     from optuna.trial import FrozenTrial, TrialState, create_trial
 except ImportError:
-    raise MissingExtraError("optuna", "sweep", "a sweep") from None
+    raise MissingExtraError("optuna", "sweep", "a study of many trials") from None
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
 STUDY = "sweep"
-SAMPLERS = ("tpe", "gp")
-
-
-@dataclass(frozen=True)
-class Point:
-    """What can be run: values, the seed's number, and the stage ("proxy", or "shortlist" for its second run)."""
-
-    values: Values
-    seed: int = 0
-    stage: str = "proxy"
-
-    @property
-    def name(self) -> str:
-        """What makes two points the same."""
-        return f"{self.stage}/{self.seed}/{name_of(self.values)}"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A finished run: nats per token (infinity if it diverged), what it did on the way, the tokens it trained on."""
-
-    val_loss: float
-    train_loss: float
-    dynamics: Dynamics
-    tokens: int
-
-
-class State(StrEnum):
-    """Of an attempt. `released`: given back by a worker that was interrupted, no failure."""
-
-    RUNNING = "running"
-    DONE = "done"
-    FAILED = "failed"
-    RELEASED = "released"
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One trial of the journal; `outcome` if it is done, `error` if it failed."""
-
-    number: int
-    point: Point
-    state: State
-    worker: str
-    host: str
-    outcome: Outcome | None = None
-    error: str = field(default="", compare=False)
 
 
 class Ledger:
@@ -125,12 +78,12 @@ class Ledger:
         )
         return self._storage.get_trial_number_from_id(self._storage.create_new_trial(self._study, trial))
 
-    def suggest(self, sampler: str, space: Space, seed: int) -> Values:
+    def suggest(self, ask: Ask) -> Values:
         """What an Optuna sampler would try next, given all attempts. Raises MissingExtraError without its packages."""
         finished = self._storage.get_all_trials(self._study)
         # A study in memory: what is asked there is not yet an attempt here.
-        study = optuna.create_study(sampler=_sampler(sampler, seed + len(finished)))
-        distributions = {axis.key: _distribution(axis.values, axis.listed) for axis in space}
+        study = optuna.create_study(sampler=_sampler(ask.sampler, ask.seed + len(finished)))
+        distributions = {axis.key: _distribution(axis.values, axis.listed) for axis in ask.space}
         for trial in finished:
             if set(trial.params) == set(distributions) and trial.state != TrialState.FAIL:
                 study.add_trial(_as_known(trial, distributions))

@@ -25,7 +25,7 @@ from umup.rules.horizon import Horizon, Moved, Settings, move
 from umup.rules.optimizers import OPTIMIZERS
 from umup.rules.schemes import hparams_of
 from umup.rules.schemes import scheme as find_scheme
-from umup.study.axes import AXES, changed, value_at
+from umup.study.axes import value_at
 
 
 @dataclass(frozen=True)
@@ -211,9 +211,3 @@ def _replaced(target: RunConfig, config: RunConfig) -> dict[str, object]:
         for field in before[section]
         if field in fields and before[section][field] != after[section][field]
     }
-
-
-def transfer_width(proxy: RunConfig, lr: float, hidden_size: int) -> Transfer:
-    """The proxy's config at another width, with its tuned peak rate. Raises ConfigError where sizes do not divide."""
-    tuned = changed(proxy, "optimizer", lr=lr)
-    return transfer(tuned, AXES["width"].resize(tuned, hidden_size))

@@ -135,6 +135,8 @@ def grid(search: Search, losses: Losses) -> Sequence[Values]:
 
 
 STRATEGIES: Mapping[str, Strategy] = {"independent": independent, "random": random_draws, "grid": grid}
+# Optuna's, by name (ledger.py).
+SAMPLERS = ("tpe", "gp")
 
 
 def _grown(axis: Axis, base: Values, losses: Losses) -> list[Number]:

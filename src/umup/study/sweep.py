@@ -1,13 +1,11 @@
 """A hyperparameter search as a directory: what is searched, what is done, what to do next.
 
     DIR/study.json     config, axes, strategy, corpus, umup's version; written once, and a study keeps to it
-    DIR/journal.log    every attempt (Optuna's journal file, study/ledger.py)
-    DIR/trials/<n>/    metrics.jsonl of attempt n (and log.txt of a command)
     DIR/best.json      the choice, for the planner
     DIR/report.md      the ranking, with the dynamics, and why the choice was made
 
-`to_do` is the whole logic: from the attempts so far, which points are wanted and open. It is a function of the journal,
-so workers may come, go and be killed. A point whose worker died or failed is open again, up to TRIES times.
+beside what every study has (todo.py). `Sweep.to_do` is the whole logic: from the attempts so far, which points are
+wanted and open. It is a function of the journal, so workers may come, go and be killed.
 
 With a shortlist, the ten best of the proxy are run again on another config (an intermediate size, at 20 tokens per
 parameter) and ranked there: what wins at a small size and short training is not always what wins later.
@@ -16,7 +14,7 @@ Not covered: pruning of trials, several objectives.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, inf, isfinite, prod
 from pathlib import Path
@@ -24,19 +22,29 @@ from statistics import mean
 from typing import Any
 
 import umup
-from umup.checkpoint import make_directory, write_atomic
 from umup.config.load import parse_config
 from umup.config.sections import RunConfig
 from umup.errors import CheckpointError, ConfigError, RunError
 from umup.models.specs import plan_for
 from umup.study.dynamics import Dynamics, worst
-from umup.study.ledger import SAMPLERS, Attempt, Point, State
 from umup.study.space import LR, Axis, Space, Values, apply_values, base_values, check_space, name_of
-from umup.study.strategies import STRATEGIES, Independent, Search, independent_result
+from umup.study.strategies import SAMPLERS, STRATEGIES, Independent, Search, independent_result
+from umup.study.todo import (
+    PROXY,
+    TRIES,
+    Ask,
+    Attempt,
+    Point,
+    ToDo,
+    begin_study,
+    given_up,
+    left_of,
+    rules_of,
+    same_study,
+)
 
-TRIES = 5
 TOKENS_PER_PARAMETER = 20
-PROXY, SHORTLIST = "proxy", "shortlist"
+SHORTLIST = "shortlist"
 AMONG = 3
 WITHIN = 0.01
 
@@ -76,10 +84,38 @@ class Sweep:
             update={"train": config.train.model_copy(update={"seed": config.train.seed + point.seed})}
         )
 
+    def shown(self, point: Point) -> str:
+        """The rate and what differs from the config's own values, keys without their sections."""
+        told = {key: v for key, v in point.values.items() if key == LR or v != self.search.base[key]}
+        values = " ".join(f"{key.rpartition('.')[2]}={v:.4g}" for key, v in told.items()) or "as configured"
+        return f"{values}{f' seed {point.seed}' * bool(point.seed)}{' (shortlist)' * (point.stage != PROXY)}"
+
+    def to_do(self, attempts: Sequence[Attempt]) -> ToDo:
+        """From all attempts so far. Raises RunError once every point of a stage has diverged or was given up."""
+        values, ask = _wanted(self, attempts)
+        left = left_of([Point(v, seed) for v in values for seed in range(self.seeds)], attempts)
+        # What someone has claimed and no strategy wants any more must still end, or its worker would outlive the study.
+        if left.open or left.running or ask:
+            return replace(left, ask=ask)
+        ranked = candidates(self, attempts)
+        if not any(isfinite(c.loss) for c in ranked):
+            raise RunError(_hopeless(self, ranked, [a.error for a in attempts if a.error]))
+        if self.intermediate is None:
+            return left
+        best = [c.values for c in ranked[: self.keep] if isfinite(c.loss)]
+        left = left_of([Point(v, seed, SHORTLIST) for v in best for seed in range(self.seeds)], attempts)
+        if left.finished and not any(isfinite(c.loss) for c in candidates(self, attempts, SHORTLIST)):
+            raise RunError(
+                f"all {len(best)} of the shortlist diverged or failed on its config; begin a study whose --shortlist "
+                "is nearer to the proxy, or has a longer schedule.warmup_steps"
+            )
+        return left
+
     def json(self) -> dict[str, Any]:
         """Plain data; `from_json` reads it."""
         return {
             "version": umup.__version__,
+            "rules": rules_of(self.config),
             "config": self.config.model_dump(mode="json"),
             "space": [axis.__dict__ for axis in self.space],
             "strategy": self.strategy,
@@ -126,11 +162,7 @@ def twenty_tokens(config: RunConfig) -> RunConfig:
 
 def open_study(folder: Path, sweep: Sweep) -> None:
     """Make the study, or see that it is this one. Raises InputError for bad axes and for another study's directory."""
-    known = folder / "study.json"
-    if known.exists():
-        changed = list(_differences(load_study(folder).json(), sweep.json()))
-        if changed:
-            raise CheckpointError(f"study {folder} was made otherwise: {'; '.join(changed[:3])}; choose another --out")
+    if same_study(folder, sweep.json()):
         return
     check_space(sweep.config, sweep.space)
     second = sweep.intermediate
@@ -143,8 +175,7 @@ def open_study(folder: Path, sweep: Sweep) -> None:
         check_space(second, sweep.space)
     if sweep.strategy in STRATEGIES:
         STRATEGIES[sweep.strategy](sweep.search, {})
-    make_directory(folder)
-    write_atomic(known, json.dumps(sweep.json(), indent=1))
+    begin_study(folder, sweep.json())
 
 
 def load_study(folder: Path) -> Sweep:
@@ -170,7 +201,7 @@ def candidates(sweep: Sweep, attempts: Sequence[Attempt], stage: str = PROXY) ->
 def _candidate(by_seed: Mapping[int, Sequence[Attempt]], seeds: int) -> Candidate | None:
     chosen = [next((a for a in tries if a.outcome), None) for tries in by_seed.values()]
     done = [a for a in chosen if a is not None]
-    finished = [a is not None or _given_up(tries) for a, tries in zip(chosen, by_seed.values(), strict=True)]
+    finished = [a is not None or given_up(tries) for a, tries in zip(chosen, by_seed.values(), strict=True)]
     if len(finished) < seeds or not all(finished):
         return None
     first = next(iter(by_seed.values()))[0]
@@ -180,66 +211,14 @@ def _candidate(by_seed: Mapping[int, Sequence[Attempt]], seeds: int) -> Candidat
     return Candidate(first.point.values, first.point.stage, losses, dynamics, numbers, len(done) < len(finished))
 
 
-def _given_up(tries: Sequence[Attempt]) -> bool:
-    return sum(a.state == State.FAILED for a in tries) >= TRIES
-
-
-@dataclass(frozen=True)
-class ToDo:
-    """What is left: points that a worker may claim now, in order; points that someone is at; whether to ask a sampler.
-
-    All empty and False: the study is finished.
-    """
-
-    open: tuple[Point, ...]
-    running: int
-    ask: bool = False
-
-    @property
-    def finished(self) -> bool:
-        """Nothing is left."""
-        return not (self.open or self.running or self.ask)
-
-
-def to_do(sweep: Sweep, attempts: Sequence[Attempt]) -> ToDo:
-    """From all attempts so far. Raises RunError once every point of a stage has diverged or was given up."""
-    values, ask = _wanted(sweep, attempts)
-    left = _left([Point(v, seed) for v in values for seed in range(sweep.seeds)], attempts)
-    # What someone has claimed and no strategy wants any more must still end, or its worker would outlive the study.
-    if left.open or left.running or ask:
-        return replace(left, ask=ask)
-    ranked = candidates(sweep, attempts)
-    if not any(isfinite(c.loss) for c in ranked):
-        raise RunError(_hopeless(sweep, ranked, [a.error for a in attempts if a.error]))
-    if sweep.intermediate is None:
-        return left
-    best = [c.values for c in ranked[: sweep.keep] if isfinite(c.loss)]
-    left = _left([Point(v, seed, SHORTLIST) for v in best for seed in range(sweep.seeds)], attempts)
-    if left.finished and not any(isfinite(c.loss) for c in candidates(sweep, attempts, SHORTLIST)):
-        raise RunError(
-            f"all {len(best)} of the shortlist diverged or failed on its config; begin a study whose --shortlist is "
-            "nearer to the proxy, or has a longer schedule.warmup_steps"
-        )
-    return left
-
-
-def _wanted(sweep: Sweep, attempts: Sequence[Attempt]) -> tuple[Sequence[Values], bool]:
-    """The proxy's points, and whether a sampler is to name another."""
+def _wanted(sweep: Sweep, attempts: Sequence[Attempt]) -> tuple[Sequence[Values], Ask | None]:
+    """The proxy's points, and what a sampler is to be asked for another."""
     if sweep.strategy in STRATEGIES:
         losses = {name_of(c.values): c.loss for c in candidates(sweep, attempts)}
-        return STRATEGIES[sweep.strategy](sweep.search, losses), False
+        return STRATEGIES[sweep.strategy](sweep.search, losses), None
     asked = {name_of(a.point.values): a.point.values for a in attempts if a.point.stage == PROXY}
-    return list(asked.values()), len(asked) < sweep.trials
-
-
-def _left(points: Sequence[Point], attempts: Sequence[Attempt]) -> ToDo:
-    tries: dict[str, list[Attempt]] = {}
-    for a in attempts:
-        tries.setdefault(a.point.name, []).append(a)
-    known = {p.name: tries.get(p.name, []) for p in points}
-    running = {n for n, of in known.items() if any(a.state == State.RUNNING for a in of)}
-    closed = running | {n for n, of in known.items() if any(a.outcome for a in of) or _given_up(of)}
-    return ToDo(tuple(p for p in points if p.name not in closed), len(running))
+    ask = Ask(sweep.strategy, sweep.space, sweep.config.train.seed)
+    return list(asked.values()), ask if len(asked) < sweep.trials else None
 
 
 def _hopeless(sweep: Sweep, ranked: Sequence[Candidate], errors: Sequence[str]) -> str:
@@ -273,14 +252,3 @@ def independent_of(sweep: Sweep, attempts: Sequence[Attempt]) -> Independent | N
     if sweep.strategy != "independent":
         return None
     return independent_result(sweep.search, {name_of(c.values): c.loss for c in candidates(sweep, attempts)})
-
-
-def _differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key in before:
-        old, new = before[key], after.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            yield from _differences(old, new, f"{prefix}{key}.")
-        elif json.dumps(old) != json.dumps(new) and prefix + key != "version":
-            # Axes and configs as a whole are too long for a line.
-            short = not isinstance(old or new, list | Mapping)
-            yield f"{prefix}{key} was {old} and is now {new}" if short else f"{prefix}{key} differs"

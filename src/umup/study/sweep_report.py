@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from umup.checkpoint import write_atomic
-from umup.study.ledger import Attempt, State
 from umup.study.space import apply_values
 from umup.study.strategies import Independent
 from umup.study.sweep import SHORTLIST, Candidate, Sweep, candidates, independent_of, pick
+from umup.study.todo import Attempt, State
 
 SHOWN = 20
 

@@ -7,22 +7,35 @@ Not covered: several hyperparameters at once; trials over several devices; for a
 `Line`s from a loop of your own and judge them as a `TransferCheck`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial, reduce
 from math import floor, isfinite, log2
 from pathlib import Path
+from typing import Any
 
-from umup.checkpoint import make_directory
+import umup
 from umup.config.load import parse_config
 from umup.config.sections import RunConfig
-from umup.data.tokens import prepare
 from umup.errors import ConfigError, DivergedError, did_you_mean
 from umup.models.specs import plan_for
 from umup.rules.schemes import scheme as find_scheme
-from umup.study.axes import AXES
-from umup.study.journal import Journal
+from umup.study.axes import AXES, changed
+from umup.study.lines import Line, at, line_of, searched
 from umup.study.planner import HorizonRules, transfer
-from umup.study.search import Line, MakeConfig, Observe, Runner, evaluate, search_lines, worker_pool
+from umup.study.todo import (
+    Attempt,
+    Observe,
+    Point,
+    Say,
+    ToDo,
+    begin_study,
+    ignore,
+    left_of,
+    losses_of,
+    rules_of,
+    same_study,
+)
 from umup.study.verdicts import USUAL, Tolerance, TransferCheck
 
 MOST_POINTS = 64
@@ -59,8 +72,8 @@ class CheckPlan:
                 f"transfer-check: {self.axis} {self.home} is the config's own; write another, too: "
                 f"--sizes {2 * self.home}"
             )
-        for make in self.makers.values():
-            plan_for(make(2.0 ** self.grid[0], 0))
+        for size in self.all_sizes:
+            plan_for(self.config(size, 2.0 ** self.grid[0], 0))
 
     @property
     def home(self) -> int:
@@ -68,70 +81,128 @@ class CheckPlan:
         return AXES[self.axis].size(self.proxy)
 
     @property
-    def makers(self) -> dict[int, MakeConfig]:
-        """(value at the proxy, seed) -> config, by size, small to large."""
-        return {size: self._maker(size) for size in sorted({self.home, *self.sizes})}
+    def key(self) -> str:
+        """The hyperparameter's config key."""
+        return dotted(self.proxy, self.hyperparameter)
 
-    def _maker(self, size: int) -> MakeConfig:
-        key = dotted(self.proxy, self.hyperparameter)
+    @property
+    def all_sizes(self) -> tuple[int, ...]:
+        """The proxy's and the others, small to large."""
+        return tuple(sorted({self.home, *self.sizes}))
 
-        def make(value: float, seed: int) -> RunConfig:
-            tuned = parse_config(self.proxy.model_dump(), [(key, repr(value)), ("train.seed", str(seed))])
-            config = transfer(tuned, AXES[self.axis].resize(tuned, size), self.rules).config
-            train = config.train.model_copy(update={"eval_every": config.train.steps})
-            return config.model_copy(update={"train": train})
+    def config(self, size: int, value: float, seed: int) -> RunConfig:
+        """The run at a size with the hyperparameter's value at the proxy."""
+        tuned = parse_config(self.proxy.model_dump(), [(self.key, repr(value)), ("train.seed", str(seed))])
+        config = transfer(tuned, AXES[self.axis].resize(tuned, size), self.rules).config
+        return changed(config, "train", eval_every=config.train.steps)
 
-        return make
+    def stage(self, size: int) -> str:
+        """The name of a size's line."""
+        return f"{self.proxy.parametrization.scheme} {self.axis} {size}"
+
+    def search(self, losses: Mapping[str, float]) -> tuple[list[Point], dict[int, Line]]:
+        """All points wanted so far, given losses by the name of the point, and the lines that are complete.
+
+        Every size searches its line by itself; then it wants all seeds at the proxy's best value.
+        """
+        known = {size: partial(self._loss, losses, size) for size in self.all_sizes}
+        points = {size: searched(self.grid, self.seeds, known[size]) for size in self.all_sizes}
+        proxy = line_of(points[self.home], known[self.home])
+        if proxy is not None:
+            points = {size: found | at(proxy.best, self.seeds) for size, found in points.items()}
+        lines = {size: line_of(found, known[size]) for size, found in points.items()}
+        # The slow ones (large) start first, so that none is left running alone at the end.
+        wanted = [self._point(size, x, seed) for size in reversed(self.all_sizes) for x, seed in sorted(points[size])]
+        return wanted, {size: line for size, line in lines.items() if line is not None}
+
+    def _loss(self, losses: Mapping[str, float], size: int, x: float, seed: int) -> float | None:
+        return losses.get(self._point(size, x, seed).name)
+
+    def _point(self, size: int, x: float, seed: int) -> Point:
+        return Point({self.key: 2.0**x}, seed, self.stage(size))
+
+
+@dataclass(frozen=True)
+class Checks:
+    """Several checks as one study, so that no worker idles between their lines."""
+
+    plans: tuple[CheckPlan, ...]
+    command: None = None
+
+    def to_do(self, attempts: Sequence[Attempt]) -> ToDo:
+        """See todo.py."""
+        losses = losses_of(attempts)
+        return left_of([point for plan in self.plans for point in plan.search(losses)[0]], attempts)
+
+    def config_of(self, point: Point) -> RunConfig:
+        """The run that a point stands for."""
+        plan, size = {plan.stage(size): (plan, size) for plan in self.plans for size in plan.all_sizes}[point.stage]
+        return plan.config(size, point.values[plan.key], point.seed)
+
+    def shown(self, point: Point) -> str:
+        """Line, value and seed."""
+        (key, value), *_ = point.values.items()
+        return f"{point.stage}, {key.rpartition('.')[2]} {value:.4g}, seed {point.seed}"
+
+    def identity(self, corpus: str) -> dict[str, Any]:
+        """What makes trials comparable; sizes, grid, seeds and tolerance may change, and what is done counts."""
+        rows = []
+        for plan in self.plans:
+            rest = _without(plan.proxy, plan.key, "train.seed")
+            axis = {
+                "axis": plan.axis,
+                "hyperparameter": plan.hyperparameter,
+                "horizon": plan.rules and asdict(plan.rules),
+            }
+            rows.append({"config": rest.model_dump(mode="json"), "rules": rules_of(rest), **axis})
+        return {"version": umup.__version__, "corpus": corpus, "checks": rows}
+
+
+def _without(config: RunConfig, *keys: str) -> RunConfig:
+    """The config with the defaults of some dotted keys."""
+    body = config.model_dump()
+    for key in keys:
+        *path, name = key.split(".")
+        reduce(dict.__getitem__, path, body).pop(name, None)
+    return parse_config(body)
 
 
 def transfer_check(
-    plan: CheckPlan, out: Path, workers: int = 2, observe: Observe = lambda done, asked: None
+    plan: CheckPlan, out: Path, workers: int = 2, say: Callable[[str], None] = lambda line: None
 ) -> TransferCheck:
-    """Measure and judge. Trials go into `out`/trials.jsonl as they finish; the same call goes on after an interrupt.
+    """Measure and judge. Trials are recorded in `out` as they finish; the same call goes on after an interrupt.
 
-    Call it below `if __name__ == "__main__":`, since workers are fresh processes. `observe` hears (trials finished,
-    trials asked for). Raises DivergedError where every value diverged at the proxy.
+    Call it below `if __name__ == "__main__":`, since workers are fresh processes. `say`, a function of a module, hears
+    a line per trial. Raises DivergedError where every value diverged at the proxy, CheckpointError where `out` holds
+    another study, MissingExtraError without optuna.
     """
-    make_directory(out)
-    p = plan.proxy
-    record = prepare(p.data, p.model.vocab_size, p.tokens_per_batch).record
-    corpus = "/".join(record[part]["sha256"] for part in ("train", "val"))
-    with worker_pool(workers) as pool:
-        return run_check(plan, Runner(Journal(out / "trials.jsonl", corpus), pool, observe))
+    return transfer_checks([plan], out, workers, say)[0]
 
 
-def run_check(plan: CheckPlan, runner: Runner) -> TransferCheck:
-    """The same by a runner of the caller's."""
-    makers = {str(size): make for size, make in plan.makers.items()}
-    home = str(plan.home)
-    lines = measure(
-        runner, makers, {label: list(plan.grid) for label in makers}, plan.seeds, dict.fromkeys(makers, home)
-    )
-    at_home = lines[home]
-    if not isfinite(at_home.mean(at_home.best)):
-        low, high = min(at_home.losses), max(at_home.losses)
+def transfer_checks(
+    plans: Sequence[CheckPlan], out: Path, workers: int, say: Say = ignore, observe: Observe = ignore
+) -> list[TransferCheck]:
+    """Several checks as one study; `observe` hears (trials done, trials wanted so far)."""
+    from umup.study.workers import corpus_of, run_study  # they need Optuna
+
+    checks = Checks(tuple(plans))
+    identity = checks.identity(corpus_of(plans[0].proxy))
+    if not same_study(out, identity):
+        begin_study(out, identity)
+    losses = losses_of(run_study(checks, out, workers, say, observe))
+    return [judged(plan, plan.search(losses)[1]) for plan in plans]
+
+
+def judged(plan: CheckPlan, lines: Mapping[int, Line]) -> TransferCheck:
+    """The lines of a finished check. Raises DivergedError where the proxy has nothing to transfer."""
+    proxy = lines[plan.home]
+    if not isfinite(proxy.mean(proxy.best)):
+        low, high = min(proxy.losses), max(proxy.losses)
         raise DivergedError(
-            f"transfer-check: every {plan.hyperparameter} from 2^{low:g} to 2^{high:g} diverged at {plan.axis} {home}; "
-            f"write --grid 2^{low - 8:g}..2^{low - 1:g}, and look at warmup and data"
+            f"transfer-check: every {plan.hyperparameter} from 2^{low:g} to 2^{high:g} diverged at {plan.axis} "
+            f"{plan.home}; write --grid 2^{low - 8:g}..2^{low - 1:g}, and look at warmup and data"
         )
-    by_size = {int(label): line for label, line in lines.items()}
-    key, scheme = dotted(plan.proxy, plan.hyperparameter), plan.proxy.parametrization.scheme
-    return TransferCheck(scheme, plan.home, by_size, plan.tolerance, plan.axis, key)
-
-
-def measure(
-    runner: Runner,
-    makers: Mapping[str, MakeConfig],
-    grid: Mapping[str, list[float]],
-    seeds: int,
-    proxies: Mapping[str, str],
-) -> dict[str, Line]:
-    """Search all lines at once, then give each the missing seeds at the best value of its proxy (a label)."""
-    lines = search_lines(runner, makers, grid, seeds)
-    points = {label: {(x, s) for x, ys in line.losses.items() for s in range(len(ys))} for label, line in lines.items()}
-    for label, proxy in proxies.items():
-        points[label] |= {(lines[proxy].best, seed) for seed in range(seeds)}
-    return evaluate(runner, makers, points)
+    return TransferCheck(plan.proxy.parametrization.scheme, plan.home, lines, plan.tolerance, plan.axis, plan.key)
 
 
 def dotted(config: RunConfig, hyperparameter: str) -> str:

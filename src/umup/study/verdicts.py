@@ -17,7 +17,7 @@ from statistics import mean
 from typing import Any, Literal
 
 from umup.study.basin import Basin, Interval, difference, fit, slope
-from umup.study.search import Line
+from umup.study.lines import Line
 
 Verdict = Literal["pass", "fail", "undecided"]
 # Two standard deviations of a difference of means; the bootstrap's LEVEL for a normal.

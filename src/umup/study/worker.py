@@ -1,4 +1,4 @@
-"""A worker of a sweep: take a turn, claim a point, run it, record it, until nothing is left.
+"""A worker of a study: take a turn, claim a point, run it, record it, until nothing is left.
 
 Workers know each other only through the study directory. Each touches `workers/<name>` every few seconds. One whose
 process is gone (same host) or whose file has not been touched for SILENCE seconds (any host) is dead, and whoever takes
@@ -19,7 +19,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from math import inf, log
@@ -32,9 +32,8 @@ from umup.config.sections import DataConfig, RunConfig
 from umup.data.tokens import TokenFiles, prepare
 from umup.errors import DivergedError, InputError, RunError
 from umup.study.dynamics import judge
-from umup.study.ledger import Attempt, Ledger, Outcome, Point, State
-from umup.study.space import LR, Values
-from umup.study.sweep import PROXY, Sweep, load_study, to_do
+from umup.study.ledger import Ledger
+from umup.study.todo import Attempt, Observe, Outcome, Point, Say, State, Study, ToDo, ignore
 from umup.train.metrics import Metrics, append_metrics, final_losses, read_metrics
 
 BEAT = 5.0
@@ -44,44 +43,43 @@ PAUSE = 0.5
 # What `umup train` says on stderr; other programs tell by a record whose loss is NaN.
 DIVERGED = re.compile(r"^umup: step \d+: (loss|gradient norm) became", re.MULTILINE)
 
-Say = Callable[[str], None]
 
-
-def work(folder: Path, say: Say) -> None:
+def work(study: Study, folder: Path, say: Say = ignore, observe: Observe = ignore) -> None:
     """Work on the study in `folder` until it is finished.
 
-    Raises RunError if all diverged or this host is quarantined, OSError if the disk is full (what is recorded stays),
-    KeyboardInterrupt after a Ctrl-C, the attempt given back.
+    `say` hears a line per trial, `observe` (trials done, trials wanted so far) at every turn. Raises RunError if all
+    diverged or this host is quarantined, OSError if the disk is full (what is recorded stays), KeyboardInterrupt after
+    a Ctrl-C, the attempt given back.
     """
-    sweep, ledger = load_study(folder), Ledger(folder)
+    ledger = Ledger(folder)
     with _alive(folder) as name:
-        worker = _Worker(folder, sweep, ledger, name, say)
-        while not worker.turn():
-            pass
+        worker = _Worker(folder, study, ledger, name, say)
+        while True:
+            left = worker.turn()
+            observe(left.done, left.wanted)
+            if left.finished:
+                return
 
 
 class _Worker:
-    def __init__(self, folder: Path, sweep: Sweep, ledger: Ledger, name: str, say: Say) -> None:
-        self.folder, self.sweep, self.ledger, self.name, self.say = folder, sweep, ledger, name, say
+    def __init__(self, folder: Path, study: Study, ledger: Ledger, name: str, say: Say) -> None:
+        self.folder, self.study, self.ledger, self.name, self.say = folder, study, ledger, name, say
         self.host = socket.gethostname()
 
-    def turn(self) -> bool:
-        """Claim and run one point, or wait a little; True once the study is finished."""
+    def turn(self) -> ToDo:
+        """Claim and run one point, or wait a little; what was left before."""
         with self.ledger.turn():
             self._bury()
             attempts = self.ledger.attempts()
             self._quarantine(attempts)
-            left = to_do(self.sweep, attempts)
-            point = left.open[0] if left.open else self._suggestion() if left.ask else None
+            left = self.study.to_do(attempts)
+            point = left.open[0] if left.open else Point(self.ledger.suggest(left.ask)) if left.ask else None
             number = None if point is None else self.ledger.claim(point, self.name, self.host)
         if point is not None and number is not None:
             self._run(number, point)
         elif not left.finished:
             time.sleep(PAUSE)
-        return left.finished
-
-    def _suggestion(self) -> Point:
-        return Point(self.ledger.suggest(self.sweep.strategy, self.sweep.space, self.sweep.config.train.seed))
+        return left
 
     def _bury(self) -> None:
         for a in self.ledger.attempts():
@@ -106,10 +104,10 @@ class _Worker:
     def _run(self, number: int, point: Point) -> None:
         home = self.folder / "trials" / str(number)
         try:
-            config = self.sweep.config_of(point)
+            config = self.study.config_of(point)
             home.mkdir(parents=True, exist_ok=True)
             write_atomic(home / "config.yaml", dump_yaml(config))
-            command = self.sweep.command
+            command = self.study.command
             outcome = run_here(config, home) if command is None else run_command(command, config, point, home)
         except (KeyboardInterrupt, InputError) as error:
             self.ledger.fail(number, f"{type(error).__name__}: {error}", released=True)
@@ -123,17 +121,10 @@ class _Worker:
             self.say(f"trial {number}: failed: {line}")
             return
         if self.ledger.finish(number, outcome, min(outcome.val_loss, 2 * log(config.model.vocab_size))):
-            what = shown(point, self.sweep.search.base)
+            what = self.study.shown(point)
             self.say(f"trial {number}: {what}: loss {outcome.val_loss:.4f}, {outcome.dynamics.faults}")
         else:
             self.say(f"trial {number}: it was given to another worker meanwhile; this result is dropped")
-
-
-def shown(point: Point, base: Values) -> str:
-    """A point in one line: the rate and what differs from the config's own values, keys without their sections."""
-    told = {key: value for key, value in point.values.items() if key == LR or value != base[key]}
-    values = " ".join(f"{key.rpartition('.')[2]}={value:.4g}" for key, value in told.items()) or "as configured"
-    return f"{values}{f' seed {point.seed}' * bool(point.seed)}{' (shortlist)' * (point.stage != PROXY)}"
 
 
 def run_here(config: RunConfig, home: Path) -> Outcome:

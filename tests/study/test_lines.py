@@ -1,20 +1,20 @@
-"""Lines, search, journal, planner, summary and figure, on losses that are made up."""
+"""Lines, their search, the demo's study, summary and figure, on losses that are made up; how a width moves."""
 
 import csv
-from concurrent.futures import Future
 from math import inf, log2
 
 import pytest
 
 from umup.config.load import parse_config
-from umup.errors import CheckpointError, ConfigError, InputError
+from umup.errors import ConfigError, InputError
 from umup.models.specs import base_shape_of, plan_for, shape_of
 from umup.plots.transfer import draw, write_csv
 from umup.rules.schemes import SCHEMES
-from umup.study.demo import FAST, FULL, at, final_config, proxy_config, summary, sweep
-from umup.study.journal import Journal, Trial, key_of
-from umup.study.planner import transfer_width
-from umup.study.search import ROUNDS, Line, Runner, evaluate, search_lines
+from umup.study.axes import AXES, changed
+from umup.study.demo import FAST, FULL, check_of, final_config, proxy_config, summary
+from umup.study.lines import ROUNDS, Line, line_of, searched
+from umup.study.planner import transfer
+from umup.study.transfer_check import Checks, judged
 from umup.study.verdicts import TransferCheck
 
 
@@ -67,160 +67,115 @@ def config(lr=1.0, seed=0, **model):
     return parse_config(body)
 
 
-def test_a_journal_remembers_across_processes(tmp_path):
-    journal = Journal(tmp_path / "trials.jsonl")
-    assert journal.get(config()) is None
-    journal.add(Trial(key_of(config()), 2.5, 2.4))
-    journal.add(Trial(key_of(config(lr=8.0)), inf, inf))
-    for reader in (journal, Journal(tmp_path / "trials.jsonl")):
-        assert reader.get(config()) == Trial(key_of(config()), 2.5, 2.4)
-        assert reader.get(config(lr=8.0)).val_loss == inf
-
-
-def test_a_journal_never_takes_one_config_for_another(tmp_path):
-    journal = Journal(tmp_path / "trials.jsonl")
-    journal.add(Trial(key_of(config()), 2.5, 2.4))
-    for other in (config(lr=1.0000000000000002), config(seed=1), config(num_layers=3)):
-        assert journal.get(other) is None
-
-
-def test_a_torn_last_line_is_dropped_and_the_next_is_whole(tmp_path):
-    path = tmp_path / "trials.jsonl"
-    journal = Journal(path)
-    for seed in (0, 1):
-        journal.add(Trial(key_of(config(seed=seed)), 2.5 + seed, 2.4))
-    path.write_text(path.read_text()[:-9])
-    again = Journal(path)
-    assert again.get(config(seed=0)) is not None
-    assert again.get(config(seed=1)) is None
-    again.add(Trial(key_of(config(seed=2)), 2.0, 2.0))
-    last = Journal(path)
-    assert [last.get(config(seed=s)) is not None for s in (0, 1, 2)] == [True, False, True]
-
-
-def test_a_journal_of_one_torn_line_is_empty(tmp_path):
-    (tmp_path / "trials.jsonl").write_text('{"key": "')
-    journal = Journal(tmp_path / "trials.jsonl")
-    journal.add(Trial(key_of(config()), 1.0, 1.0))
-    assert Journal(tmp_path / "trials.jsonl").get(config()) is not None
-
-
-class Instant:
-    """A pool whose trials take no time: the loss is a function of the config."""
-
-    def __init__(self, loss):
-        self.loss, self.ran = loss, []
-
-    def submit(self, _, config):
-        self.ran.append(config)
-        future = Future()
-        try:
-            loss = self.loss(config)
-        except KeyboardInterrupt as stop:
-            future.set_exception(stop)
-        else:
-            future.set_result(Trial(key_of(config), loss, loss))
-        return future
-
-
 def noise(seed):
     return 0.001 * ((seed * 7) % 3 - 1)
 
 
-def quadratic(config):
-    """The optimum lies at log2 lr = -log2(width / 32)."""
-    x = log2(config.optimizer.lr) + log2(config.model.hidden_size / 32)
-    return 2 + 0.1 * x**2 + noise(config.train.seed)
+class Searching:
+    """A line whose trials take no time; `ran` are those that ran, each once."""
+
+    def __init__(self, loss):
+        self.loss, self.done = loss, {}
+
+    def known(self, x, seed):
+        return self.done.get((x, seed))
+
+    def __call__(self, grid, seeds, trials=10**6):
+        """Search until nothing is wanted, or some trials have run; the line."""
+        while left := sorted(searched(grid, seeds, self.known) - set(self.done)):
+            for point in left[: max(0, trials - len(self.done))]:
+                self.done[point] = self.loss(*point)
+            if len(self.done) == trials:
+                return None
+        return line_of(searched(grid, seeds, self.known), self.known)
 
 
-@pytest.fixture
-def searching(tmp_path):
-    def make(loss):
-        seen = []
-        pool = Instant(loss)
-        return pool, seen, Runner(Journal(tmp_path / "trials.jsonl"), pool, lambda *n: seen.append(n))
-
-    return make
+def quadratic(center):
+    return lambda x, seed: 2 + 0.1 * (x - center) ** 2 + noise(seed)
 
 
-LINES = {str(w): lambda lr, seed, w=w: config(lr, seed, hidden_size=w) for w in (32, 64, 128)}
-GRID = {label: [-2.0, -1.0, 0.0, 1.0, 2.0] for label in LINES}
+GRID = [-2.0, -1.0, 0.0, 1.0, 2.0]
 
 
-def test_a_search_finds_every_lines_optimum_and_seeds_only_around_it(searching):
-    pool, seen, runner = searching(quadratic)
-    found = search_lines(runner, LINES, GRID, seeds=3)
-    assert {label: f.best for label, f in found.items()} == {"32": 0, "64": -1, "128": -2}
-    assert {label: f.optimum for label, f in found.items()} == pytest.approx({"32": 0, "64": -1, "128": -2})
-    assert {x: len(s) for x, s in found["32"].losses.items()} == {-2: 1, -1: 3, 0: 3, 1: 3, 2: 1}
-    assert {x: len(s) for x, s in found["64"].losses.items()} == {-2: 3, -1: 3, 0: 3, 1: 1, 2: 1}
-    # The best of the widest lay on the edge, so its grid grew by one step.
-    assert {x: len(s) for x, s in found["128"].losses.items()} == {-3: 3, -2: 3, -1: 3, 0: 1, 1: 1, 2: 1}
-    assert len(pool.ran) == len({key_of(c) for c in pool.ran}) == 11 + 11 + 12
-    assert seen[-1][0] == seen[-1][1]
+@pytest.mark.parametrize(
+    ("center", "seeds"),
+    [
+        (0, {-2: 1, -1: 3, 0: 3, 1: 3, 2: 1}),
+        (-1, {-2: 3, -1: 3, 0: 3, 1: 1, 2: 1}),
+        # The best lay on the edge, so the grid grew by a step.
+        (-2, {-3: 3, -2: 3, -1: 3, 0: 1, 1: 1, 2: 1}),
+        (3, {-2: 1, -1: 1, 0: 1, 1: 1, 2: 3, 3: 3, 4: 3}),
+    ],
+)
+def test_a_search_finds_the_optimum_and_seeds_only_around_it(center, seeds):
+    found = Searching(quadratic(center))(GRID, 3)
+    assert (found.best, found.optimum) == (center, pytest.approx(center))
+    assert {x: len(s) for x, s in found.losses.items()} == seeds
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_a_grid_stops_growing_after_some_rounds_and_says_so(searching, sign):
-    pool, _, runner = searching(lambda c: 99 + sign * log2(c.optimizer.lr))
-    found = search_lines(runner, {"32": LINES["32"]}, {"32": GRID["32"]}, seeds=1)["32"]
+def test_a_grid_stops_growing_after_some_rounds_and_says_so(sign):
+    search = Searching(lambda x, seed: 99 + sign * x)
+    found = search(GRID, 1)
     far = -sign * (2 + ROUNDS)
     assert sorted(found.losses) == list(range(min(far, -2), max(far, 2) + 1))
-    assert found.best == far
-    assert found.on_edge
-    assert len(pool.ran) == 5 + ROUNDS
+    assert (found.best, found.on_edge) == (far, True)
+    assert len(search.done) == 5 + ROUNDS
 
 
-def test_a_lucky_single_seed_is_tried_again_before_it_is_believed(searching):
+def test_the_best_of_a_line_has_all_seeds_even_on_an_edge():
+    """The last rate that was tried is the best of the first seed, and by no other."""
+    end = 2.0 + ROUNDS
+    found = Searching(lambda x, seed: 99 - x + 5 * (x == end) * seed)(GRID, 3)
+    assert found.best == end - 1
+    assert len(found.losses[end - 1]) == len(found.losses[end]) == 3
+
+
+def test_a_lucky_single_seed_is_tried_again_before_it_is_believed():
     """Seed 0 likes a rate where the others are bad."""
-    _, _, runner = searching(lambda c: quadratic(c) if (c.optimizer.lr, c.train.seed) != (2.0, 0) else 1.9)
-    found = search_lines(runner, {"32": LINES["32"]}, {"32": GRID["32"]}, seeds=5)["32"]
+    found = Searching(lambda x, seed: 1.9 if (x, seed) == (1.0, 0) else quadratic(0)(x, seed))(GRID, 5)
     assert found.best == 0
     assert len(found.losses[0]) == len(found.losses[1]) == 5
 
 
-def test_a_line_that_diverges_on_one_side_is_searched_on_the_other(searching):
-    _, _, runner = searching(lambda c: inf if c.optimizer.lr > 0.3 else 2 + (log2(c.optimizer.lr) + 3) ** 2)
-    found = search_lines(runner, {"32": LINES["32"]}, {"32": GRID["32"]}, seeds=2)["32"]
+def test_a_line_that_diverges_on_one_side_is_searched_on_the_other():
+    found = Searching(lambda x, seed: inf if x > -1.7 else 2 + (x + 3) ** 2)(GRID, 2)
     assert (found.best, found.optimum) == (-3, -3)
     assert found.losses[1] == (inf,)
 
 
-def test_an_interrupted_search_goes_on_and_repeats_nothing(searching, tmp_path):
-    def interrupted(c):
-        if c.optimizer.lr == 2.0 and c.model.hidden_size == 64:
-            raise KeyboardInterrupt
-        return quadratic(c)
-
-    pool, _, runner = searching(interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        search_lines(runner, LINES, GRID, seeds=3)
-    kept = {key for key in map(key_of, pool.ran) if key in (tmp_path / "trials.jsonl").read_text().replace("\\", "")}
-    pool, _, runner = searching(quadratic)
-    found = search_lines(runner, LINES, GRID, seeds=3)
-    assert {label: f.best for label, f in found.items()} == {"32": 0, "64": -1, "128": -2}
-    assert not kept & set(map(key_of, pool.ran))
-    assert len(kept) + len(pool.ran) == 11 + 11 + 12
-    pool, _, runner = searching(quadratic)
-    assert search_lines(runner, LINES, GRID, seeds=3) == found
-    assert pool.ran == []
+def test_a_search_is_the_same_wherever_it_was_interrupted():
+    whole = Searching(quadratic(-2))
+    line = whole(GRID, 3)
+    for trials in range(1, len(whole.done)):
+        search = Searching(quadratic(-2))
+        assert search(GRID, 3, trials) is None
+        assert search(GRID, 3) == line
+        assert search.done.keys() == whole.done.keys()
 
 
-def test_seeds_come_back_in_their_order(searching):
-    _, _, runner = searching(lambda c: 10 * log2(c.optimizer.lr) + c.train.seed)
-    points = {"32": {(1.0, 2), (1.0, 0), (0.0, 1), (1.0, 1), (0.0, 0)}}
-    assert evaluate(runner, {"32": LINES["32"]}, points) == {"32": Line({0.0: (0, 1), 1.0: (10, 11, 12)})}
+def test_a_line_is_known_once_all_its_points_are():
+    points = {(1.0, 2), (1.0, 0), (0.0, 1), (1.0, 1), (0.0, 0)}
+    assert line_of(points, lambda x, seed: 10 * x + seed) == Line({0.0: (0, 1), 1.0: (10, 11, 12)})
+    assert line_of(points, lambda x, seed: None if (x, seed) == (1.0, 2) else 1.0) is None
+
+
+def finished(checks, loss):
+    """The checks, once every point that they want has run."""
+    plans, losses = checks.plans, {}
+    while left := [p for plan in plans for p in plan.search(losses)[0] if p.name not in losses]:
+        losses |= {p.name: loss(checks.config_of(p)) for p in left}
+    return [judged(plan, plan.search(losses)[1]) for plan in plans]
 
 
 @pytest.mark.parametrize("demo", [FULL, FAST], ids=["full", "fast"])
-def test_the_demos_sweep_measures_drift_and_the_cost_of_transferring_with_paired_seeds(searching, demo):
+def test_the_demos_checks_measure_drift_and_the_cost_of_transferring_with_paired_seeds(demo):
     def loss(c):
         drift = 1.0 if c.parametrization.scheme == "sp" else 0.0
         x = log2(c.optimizer.lr) + 6 * drift + drift * log2(c.model.hidden_size / demo.proxy)
         return 2 + 0.1 * x**2 + noise(c.train.seed)
 
-    _, _, runner = searching(loss)
-    sp, umup = sweep(demo, runner)
+    sp, umup = finished(Checks(tuple(check_of(demo, scheme) for scheme in demo.grids)), loss)
     widest = demo.widths[-1]
     octaves = log2(widest / demo.proxy)
     assert (sp.scheme, sp.rate, umup.scheme, umup.rate) == ("sp", -6, "umup", 0)
@@ -236,6 +191,11 @@ def test_penalty_pairs_the_seeds_that_both_rates_have():
     assert TransferCheck("sp", 32, {32: parabola(0, range(-1, 2)), 64: own}).penalty(64) == pytest.approx((0.5, 0.4))
 
 
+def transfer_width(proxy, lr, hidden_size):
+    tuned = changed(proxy, "optimizer", lr=lr)
+    return transfer(tuned, AXES["width"].resize(tuned, hidden_size))
+
+
 def moves(transfer):
     return {m.field: (m.before, m.after) for m in transfer.moved}
 
@@ -243,15 +203,15 @@ def moves(transfer):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_transfer_moves_the_width_and_copies_the_rate(scheme):
     proxy = parse_config({"model": {"hidden_size": 32, "head_dim": 16}, "parametrization": {"scheme": scheme}})
-    transfer = transfer_width(proxy, 0.25, 128)
-    target = transfer.config
+    moved = transfer_width(proxy, 0.25, 128)
+    target = moved.config
     assert (target.model.hidden_size, target.model.head_dim, target.optimizer.lr) == (128, 16, 0.25)
-    assert moves(transfer)["model.hidden_size"] == (32, 128)
-    rule = next(m.rule for m in transfer.moved if m.field == "optimizer.lr")
+    assert moves(moved)["model.hidden_size"] == (32, 128)
+    rule = next(m.rule for m in moved.moved if m.field == "optimizer.lr")
     assert ("has no width rule" in rule) == (scheme in ("sp", "ntp", "unit"))
     if SCHEMES[scheme].needs_base:
         assert target.parametrization.base.hidden_size == 32
-        assert moves(transfer)["parametrization.base"] == (None, 32)
+        assert moves(moved)["parametrization.base"] == (None, 32)
     else:
         assert target.parametrization == proxy.parametrization
 
@@ -263,10 +223,10 @@ def test_transfer_keeps_a_base_and_the_mlps_ratio():
             "parametrization": {"scheme": "mup", "base": {"hidden_size": 16}},
         }
     )
-    transfer = transfer_width(proxy, 1.0, 64)
-    assert transfer.config.parametrization.base.hidden_size == 16
-    assert transfer.config.model.intermediate_size == 160
-    assert moves(transfer)["model.intermediate_size"] == (80, 160)
+    moved = transfer_width(proxy, 1.0, 64)
+    assert moved.config.parametrization.base.hidden_size == 16
+    assert moved.config.model.intermediate_size == 160
+    assert moves(moved)["model.intermediate_size"] == (80, 160)
 
 
 @pytest.mark.parametrize(("width", "kv"), [(40, None), (0, None), (-32, None), (16, 1)])
@@ -276,7 +236,7 @@ def test_a_width_that_makes_no_model_is_refused(width, kv):
 
 
 def test_the_demos_configs_differ_by_scheme_and_width_alone():
-    narrow, wide = at(FULL, "umup", 32)(0.5, 2), at(FULL, "umup", 128)(0.5, 2)
+    narrow, wide = (check_of(FULL, "umup").config(width, 0.5, 2) for width in (32, 128))
     assert narrow.train == wide.train
     assert (narrow.train.seed, narrow.optimizer.lr) == (2, 0.5)
     assert proxy_config(FULL, "sp").train == proxy_config(FULL, "umup").train
@@ -381,18 +341,3 @@ def test_a_transferred_mup_config_has_the_whole_proxy_as_its_base():
     shape, base = shape_of(proxy.model), target.parametrization.base
     assert base_shape_of(shape_of(target.model), base) == shape
     assert plan_for(target).params["layers.0.mlp.down.weight"]["lr"] == 176 / 848
-
-
-def test_other_data_and_other_rules_are_other_trials(tmp_path, monkeypatch):
-    path = tmp_path / "trials.jsonl"
-    Journal(path, corpus="a").add(Trial(key_of(config()), 1.0, 1.0))
-    assert Journal(path, corpus="a").get(config()) is not None
-    assert Journal(path, corpus="b").get(config()) is None
-    monkeypatch.setattr("umup.study.journal.plan_for", lambda c: plan_for(c).shift({"head.weight": 2.0}))
-    assert Journal(path, corpus="a").get(config()) is None
-
-
-def test_a_damaged_journal_line_is_named(tmp_path):
-    (tmp_path / "trials.jsonl").write_text("{}\n")
-    with pytest.raises(CheckpointError, match=r"trials\.jsonl, line 1"):
-        Journal(tmp_path / "trials.jsonl")
