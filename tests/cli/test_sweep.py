@@ -77,6 +77,12 @@ BAD = {
     "unknown strategy": (["--strategy", "randon"], ["--strategy: 'randon' is not one of independent"]),
     "huge grid": (["--strategy", "grid"], ["117649 points on 6 axes"]),
     "no workers": (["--workers", "0"], ["--workers must be 1 or more"]),
+    "no stack": (["--stack", "0"], ["--stack must be 1 or more, not 0"]),
+    "a stack of sgd": (
+        ["--stack", "4", "--optimizer.name", "sgd"],
+        ["--stack: optimizer.name is 'sgd'; a stack trains with adamw or adam, or leave --stack out"],
+    ),
+    "a stack of commands": (["--stack", "4", "--command", "x"], ["--stack has no effect on --command"]),
     "no trials": (["--trials", "0"], ["--trials must be 1 or more"]),
     "trials of lines": (["--trials", "9"], ["--trials has no effect on --strategy independent"]),
     "keep of nothing": (["--keep", "9"], ["--keep is of a shortlist; write --shortlist"]),
@@ -124,12 +130,14 @@ def test_all_diverged_is_exit_3(sweep, tmp_path, capsys):
     assert err.startswith("umup: all 2 trials diverged, at optimizer.lr 1e+18 to 1e+20; write --space.optimizer.lr ")
 
 
-def test_without_optuna_it_says_what_to_install(sweep, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    for name in [name for name in sys.modules if name.startswith("umup.study.")]:
-        monkeypatch.delitem(sys.modules, name)
-    assert sweep("--out", tmp_path / "study") == 2
-    assert "a study of many trials needs optuna; write: pip install 'umup[sweep]'" in capsys.readouterr().err
+@pytest.mark.parametrize("command", ["sweep", "transfer-check"])
+def test_without_optuna_it_says_what_to_install(command, config, tmp_path):
+    code = "import sys; sys.modules['optuna'] = None; from umup.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    arguments = [sys.executable, "-c", code, command, str(config), "--out", str(tmp_path / "study")]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "umup: a study of many trials needs optuna; write: pip install 'umup[sweep]'\n"
+    assert not (tmp_path / "study").exists()
 
 
 def states(out):

@@ -7,6 +7,7 @@ import pytest
 from umup.cli.main import main
 from umup.config.load import dump_yaml, load_config, parse_config
 from umup.models.specs import plan_for
+from umup.study.ledger import Ledger
 
 
 def write(path, body):
@@ -122,6 +123,22 @@ def test_a_check_may_ask_for_more_and_repeats_nothing(proxy, refused, tmp_path, 
     assert "was made otherwise" in refused("transfer-check", proxy, "--out", out, *SMALL)
 
 
+def test_a_stacked_check_is_the_check(proxy, tmp_path, capsys):
+    found = []
+    for stack in ("1", "8"):
+        out = tmp_path / stack
+        main(["transfer-check", str(proxy), "--out", str(out), *SMALL, "--seeds", "2", "--stack", stack])
+        found.append(json.loads((out / "check.json").read_text()))
+        programs = {a.program for a in Ledger(out).attempts()}
+    apart, stacked = found
+    assert len(programs) < len(list((tmp_path / "8" / "trials").iterdir())) / 2
+    assert stacked["verdict"] == apart["verdict"]
+    for size, row in apart["sizes"].items():
+        assert stacked["sizes"][size]["best"] == row["best"]
+        assert stacked["sizes"][size]["loss"] == pytest.approx(row["loss"], rel=1e-4)
+        assert stacked["sizes"][size]["optimum"] == pytest.approx(row["optimum"], abs=0.05)
+
+
 CHECK = {
     "one point": (["--grid", "2^1..2^1"], "from low to high"),
     "no range": (["--grid", "0.5-2"], "expected a range of powers of two"),
@@ -131,6 +148,7 @@ CHECK = {
     "an unknown hyperparameter": (["--hparam", "alpha_rse"], "did you mean 'alpha_res'"),
     "an unknown axis": (["--axis", "widht"], "--axis"),
     "an unknown rule": (["--batch-rule", "sqr"], "did you mean 'sqrt'"),
+    "no stack": (["--stack", "0"], "--stack must be 1 or more"),
     "no seeds": (["--seeds", "0"], "--seeds must be 1 or more"),
     "no tolerance": (["--drift", "0"], "--drift must be positive"),
 }

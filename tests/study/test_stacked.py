@@ -16,7 +16,7 @@ from umup.errors import ConfigError, DivergedError
 from umup.models.build import build
 from umup.models.specs import plan_for
 from umup.models.stacked import build_stacked, stacked_loss
-from umup.study.stacked import BLOCK, Stack, adamw_, member_batches, run_stacked, stack_key, unstackable
+from umup.study.stacked import BLOCK, Stack, adamw_, member_batches, member_bytes, run_stacked, stack_key, unstackable
 from umup.train.loop import run_training
 
 CPU = torch.device("cpu")
@@ -47,20 +47,24 @@ def tiny(tmp_path_factory):
 
 
 def alone(config):
-    """(result, losses, gradient norms) of the run by itself; the result is None where it diverged."""
+    """(result, metrics) of the run by itself; the result is None where it diverged."""
     rows = []
     try:
-        result = run_training(config, observe=rows.append)
+        return run_training(config, observe=rows.append), rows
     except DivergedError:
-        result = None
-    return result, [m.train_loss for m in rows], [m.grad_norm for m in rows]
+        return None, rows
 
 
 def check_against_separate_runs(configs, rel=1e-4):
     for config, run in zip(configs, run_stacked(configs), strict=True):
-        result, losses, norms = alone(config)
-        assert run.losses == pytest.approx(losses, rel=rel)
-        assert run.grad_norms == pytest.approx(norms, rel=10 * rel)
+        result, rows = alone(config)
+        mine = run.metrics(config, 7.0)
+        assert [m.step for m in mine] == [m.step for m in rows]
+        assert [m.lr for m in mine] == [m.lr for m in rows]
+        assert [m.train_loss for m in mine] == pytest.approx([m.train_loss for m in rows], rel=rel)
+        assert [m.grad_norm for m in mine] == pytest.approx([m.grad_norm for m in rows], rel=10 * rel)
+        assert [m.step for m in mine if m.val_loss] == [m.step for m in rows if m.val_loss]
+        assert [m.val_loss or 0 for m in mine] == pytest.approx([m.val_loss or 0 for m in rows], rel=rel)
         assert (run.val_loss, run.train_loss) == pytest.approx((result.val_loss, result.train_loss), rel=rel)
 
 
@@ -78,6 +82,7 @@ def test_every_member_is_the_separate_run(tiny, family, scheme):
 
 
 VARIANTS = {
+    "evaluations on the way": {"train": {"eval_every": 4}},
     "clipping": {"train": {"grad_clip": 0.5}},
     "microbatches, in more than one block": {"train": {"grad_accum": 2}},
     "grouped keys, gains off": {"model": {"num_kv_heads": 2, "norm_gain": False}},
@@ -127,10 +132,10 @@ def test_a_diverged_member_has_lost_and_touches_no_other(tiny):
 
     sound, broken = run_stacked(stack(0)), run_stacked(stack(100))
     assert (broken[1].val_loss, broken[1].train_loss) == (inf, inf)
-    result, losses, norms = alone(stack(100)[1])
+    result, rows = alone(stack(100)[1])
     assert result is None
-    assert 0 < len(losses) < 10
-    assert (len(broken[1].losses), len(broken[1].grad_norms)) == (len(losses), len(norms))
+    assert 0 < len(rows) < 10
+    assert len(broken[1].metrics(stack(100)[1], 7.0)) == len(rows)
     assert all(map(isfinite, broken[1].losses + broken[1].grad_norms))
     assert broken[0] == sound[0]
     assert broken[2] == sound[2]
@@ -153,7 +158,7 @@ def test_a_frozen_members_weights_stay_and_its_number_comes_from_no_later_step(t
     for name, p in stack.model.named_parameters():
         assert torch.equal(p[1], before[name][1])
         assert not torch.equal(p[0], before[name][0])
-    lives, froze = stack.results(torch.tensor([2.0, 2.0]))
+    lives, froze = stack.results({3: torch.tensor([2.0, 2.0])})
     assert (lives.val_loss, len(lives.losses)) == (2.0, 3)
     assert (froze.val_loss, len(froze.losses)) == (inf, 1)
 
@@ -178,7 +183,42 @@ def test_a_step_takes_no_gradient_that_is_no_number(broken, clip):
 def test_a_member_that_cannot_be_evaluated_has_lost(tiny):
     stack = Stack([tiny(), tiny()], CPU)
     stack.step([tuple(torch.randint(256, (2, 2, 4, 16)))], 1.0)
-    assert [run.val_loss for run in stack.results(torch.tensor([nan, 2.0]))] == [inf, 2.0]
+    assert [run.val_loss for run in stack.results({1: torch.tensor([nan, 2.0])})] == [inf, 2.0]
+
+
+def test_an_evaluation_on_the_way_that_is_no_number_ends_a_member_there(tiny):
+    stack = Stack([tiny(), tiny()], CPU)
+    for _ in range(3):
+        stack.step([tuple(torch.randint(256, (2, 2, 4, 16)))], 1.0)
+    lost, sound = stack.results({2: torch.tensor([nan, 3.0]), 3: torch.tensor([2.0, 2.5])})
+    assert (lost.val_loss, lost.train_loss, len(lost.losses), lost.evaluations) == (inf, inf, 1, {})
+    assert (sound.val_loss, len(sound.losses), sound.evaluations) == (2.5, 3, {2: 3.0, 3: 2.5})
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(("width", "vocab"), [(32, 256), (128, 64)])
+def test_the_guess_of_a_members_memory_is_near_what_it_keeps(tiny, family, recipe, width, vocab):
+    """What autograd holds, the logits' gradient, and weights, gradients and moments."""
+    config = tiny(
+        model={"family": family, "hidden_size": width, "head_dim": 16, "max_seq_len": 128, "vocab_size": vocab},
+        train={"batch_size": 16},
+        precision={"recipe": recipe},
+    )
+    stack = build_stacked(config, plan_for(config), (0, 1))
+    held, kept = {p.untyped_storage().data_ptr() for p in stack.parameters()}, {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    tokens = torch.randint(vocab, (2, 16, 128))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        stacked_loss(stack)(tokens, tokens)
+    activations = sum(size for pointer, size in kept.items() if pointer not in held)
+    state = 16 * sum(p.numel() for p in stack.parameters())
+    needed = (activations + 2 * 16 * 128 * vocab * 4 + state) / 2
+    assert 0.9 < member_bytes(config) / needed < 1.7
 
 
 def test_members_read_their_own_seeds_batches_in_order(tiny):

@@ -12,19 +12,23 @@ from math import inf
 from statistics import median
 
 import pytest
+import torch
 
 from umup.config.load import dump_yaml, parse_config
 from umup.errors import CheckpointError, ConfigError, RunError
 from umup.study import ledger as ledger_module
+from umup.study import stacks as stacks_module
 from umup.study import worker as worker_module
 from umup.study.dynamics import Dynamics
 from umup.study.ledger import Ledger
 from umup.study.space import parse_space
+from umup.study.stacked import member_bytes
 from umup.study.sweep import Candidate, Sweep, candidates, load_study, open_study, pick, twenty_tokens
 from umup.study.sweep_report import conclude, report, summary, write_report
 from umup.study.sweep_run import find
 from umup.study.todo import TRIES, Attempt, Outcome, Point, State
-from umup.study.worker import FAILURES, work
+from umup.study.worker import ALONE, FAILURES, Crew, work
+from umup.train.metrics import read_metrics
 
 SPACE = parse_space({"optimizer.lr": "0.5..4"})
 HOST = socket.gethostname()
@@ -75,7 +79,7 @@ def quiet(line):
 
 def worked(folder, sweep, say=quiet):
     open_study(folder, sweep)
-    return find(folder, 1, say)
+    return find(folder, ALONE, say)
 
 
 # the directory
@@ -129,7 +133,7 @@ def test_a_ledger_remembers_across_processes(folder):
     folder.mkdir()
     ledger = Ledger(folder)
     point = Point({"optimizer.lr": 0.1 + 0.2, "a": 3}, 1, "shortlist")
-    numbers = [ledger.claim(point, "w", "h") for _ in range(5)]
+    numbers = [ledger.claim(point, "w", "h", "p") for _ in range(5)]
     assert numbers == [0, 1, 2, 3, 4]
     ledger.finish(0, outcome(inf, diverged=True), 9.0)
     ledger.finish(1, outcome(2.25, spikes=2, late_rise=0.5), 2.25)
@@ -137,11 +141,11 @@ def test_a_ledger_remembers_across_processes(folder):
     ledger.fail(3, "stopped", released=True)
     for reader in (ledger, Ledger(folder)):
         assert reader.attempts() == [
-            Attempt(0, point, State.DONE, "w", "h", outcome(inf, diverged=True)),
-            Attempt(1, point, State.DONE, "w", "h", outcome(2.25, spikes=2, late_rise=0.5)),
-            Attempt(2, point, State.FAILED, "w", "h"),
-            Attempt(3, point, State.RELEASED, "w", "h"),
-            Attempt(4, point, State.RUNNING, "w", "h"),
+            Attempt(0, point, State.DONE, "w", "h", "p", outcome(inf, diverged=True)),
+            Attempt(1, point, State.DONE, "w", "h", "p", outcome(2.25, spikes=2, late_rise=0.5)),
+            Attempt(2, point, State.FAILED, "w", "h", "p"),
+            Attempt(3, point, State.RELEASED, "w", "h", "p"),
+            Attempt(4, point, State.RUNNING, "w", "h", "p"),
         ]
         assert reader.attempts()[2].error == "broken"
 
@@ -149,7 +153,7 @@ def test_a_ledger_remembers_across_processes(folder):
 def test_what_has_ended_does_not_end_again(folder):
     folder.mkdir()
     ledger = Ledger(folder)
-    ledger.claim(Point({"a": 1.0}), "w", "h")
+    ledger.claim(Point({"a": 1.0}), "w", "h", "p")
     other = Ledger(folder)
     other.fail(0, "its worker died")
     assert not ledger.finish(0, outcome(), 2.5)
@@ -162,7 +166,7 @@ def test_a_torn_tail_is_cut_off_and_said(folder, cut):
     folder.mkdir()
     ledger = Ledger(folder)
     for i in range(2):
-        ledger.claim(Point({"a": float(i)}), "w", "h")
+        ledger.claim(Point({"a": float(i)}), "w", "h", "p")
         ledger.finish(i, outcome(), 2.5)
     path = folder / "journal.log"
     path.write_bytes(path.read_bytes()[:-cut])
@@ -177,7 +181,7 @@ def test_a_torn_tail_is_cut_off_and_said(folder, cut):
 def test_a_living_worker_cuts_off_what_another_left(folder):
     folder.mkdir()
     ledger = Ledger(folder)
-    ledger.claim(Point({"a": 1.0}), "w", "h")
+    ledger.claim(Point({"a": 1.0}), "w", "h", "p")
     with (folder / "journal.log").open("ab") as file:
         file.write(b'{"op_code": 6, "trial')
     ledger.finish(0, outcome(), 2.5)
@@ -187,7 +191,7 @@ def test_a_living_worker_cuts_off_what_another_left(folder):
 
 def test_a_broken_line_inside_is_named(folder):
     folder.mkdir()
-    Ledger(folder).claim(Point({"a": 1.0}), "w", "h")
+    Ledger(folder).claim(Point({"a": 1.0}), "w", "h", "p")
     path = folder / "journal.log"
     path.write_bytes(b"".join([path.read_bytes(), b"no record\n", path.read_bytes().splitlines(keepends=True)[-1]]))
     with pytest.raises(CheckpointError, match=r"journal.log, line \d+: not a record; delete the line"):
@@ -197,7 +201,7 @@ def test_a_broken_line_inside_is_named(folder):
 def test_a_full_disk_loses_nothing_that_is_recorded(folder, monkeypatch):
     folder.mkdir()
     ledger = Ledger(folder)
-    ledger.claim(Point({"a": 1.0}), "w", "h")
+    ledger.claim(Point({"a": 1.0}), "w", "h", "p")
     before = (folder / "journal.log").read_bytes()
     real = ledger_module._append
 
@@ -225,7 +229,7 @@ def test_a_full_disk_loses_nothing_that_is_recorded(folder, monkeypatch):
 
 
 def attempt(number, point, loss=None, state=State.DONE, **faults):
-    return Attempt(number, point, state, "w", "h", None if loss is None else outcome(loss, **faults))
+    return Attempt(number, point, state, "w", "h", str(number), None if loss is None else outcome(loss, **faults))
 
 
 def test_what_is_claimed_is_not_open_and_what_failed_is(config):
@@ -264,7 +268,7 @@ def test_when_all_diverged_it_says_so_and_suggests_a_range(config, folder, losse
     losses.loss = lambda config: inf
     open_study(folder, Sweep(config, SPACE))
     with pytest.raises(RunError, match=r"all 4 trials diverged, at optimizer.lr 0.5 to 4; write --space.optimizer.lr"):
-        find(folder, 1, quiet)
+        find(folder, ALONE, quiet)
 
 
 # workers
@@ -342,7 +346,7 @@ def test_a_shortlist_that_diverges_is_said(config, folder, losses):
     losses.loss = lambda c: 2.0 if c.model.hidden_size == 32 else inf
     open_study(folder, Sweep(config, SPACE, "grid", intermediate=second, keep=2))
     with pytest.raises(RunError, match="all 2 of the shortlist diverged"):
-        find(folder, 1, quiet)
+        find(folder, ALONE, quiet)
 
 
 def test_a_failure_is_tried_again(config, folder, losses):
@@ -369,7 +373,7 @@ def test_a_bad_node_is_quarantined_until_its_mark_is_deleted(config, folder, los
         raise RuntimeError("CUDA error: device lost")
 
     def find_again():
-        return find(folder, 1, quiet)
+        return find(folder, ALONE, quiet)
 
     good, losses.loss = losses.loss, broken
     open_study(folder, Sweep(config, SPACE))
@@ -388,7 +392,7 @@ def test_another_hosts_quarantine_is_its_own(config, folder, losses):
     open_study(folder, Sweep(config, SPACE))
     (folder / "quarantine").mkdir()
     (folder / "quarantine" / "elsewhere").write_text("device lost\n")
-    assert find(folder, 1, quiet).choice.loss == 2
+    assert find(folder, ALONE, quiet).choice.loss == 2
 
 
 def test_ctrl_c_gives_the_trial_back(config, folder, losses):
@@ -403,7 +407,7 @@ def test_ctrl_c_gives_the_trial_back(config, folder, losses):
     assert {a.state for a in Ledger(folder).attempts()} == {State.RELEASED}
     assert list((folder / "workers").iterdir()) == []
     losses.loss = good
-    assert find(folder, 1, quiet).trials == 4
+    assert find(folder, ALONE, quiet).trials == 4
 
 
 def test_a_full_disk_ends_the_worker(config, folder, losses):
@@ -415,7 +419,7 @@ def test_a_full_disk_ends_the_worker(config, folder, losses):
     with pytest.raises(OSError, match="No space left"):
         work(load_study(folder), folder)
     losses.loss = good
-    assert find(folder, 1, quiet).trials == 4
+    assert find(folder, ALONE, quiet).trials == 4
 
 
 def stale(folder, name, age):
@@ -430,7 +434,7 @@ def test_another_hosts_worker_is_dead_once_it_is_silent(config, folder, losses):
     ledger = Ledger(folder)
     for lr, name, age in ((0.5, "far-1-aa", 10), (1, "far-2-bb", 1000)):
         stale(folder, name, age)
-        ledger.claim(Point({"optimizer.lr": lr}), name, "far")
+        ledger.claim(Point({"optimizer.lr": lr}), name, "far", name)
     with worker_module._alive(folder) as name:
         me = worker_module._Worker(folder, load_study(folder), ledger, name, quiet)
         for _ in range(3):
@@ -466,7 +470,7 @@ def test_a_killed_workers_trial_is_tried_again(config, folder, losses):
     doomed.communicate()
     said = []
     began = time.perf_counter()
-    found = find(folder, 1, said.append)
+    found = find(folder, ALONE, said.append)
     assert time.perf_counter() - began < 5
     assert said[0] == "trial 0: its worker died; the trial is tried again"
     assert found.trials == 4
@@ -478,7 +482,7 @@ def test_real_runs_in_two_processes(config, folder):
     """The real trainer, a divergence included; every point runs once."""
     space = parse_space({"optimizer.lr": "[0.5, 1, 2, 1e20]"})
     open_study(folder, Sweep(config, space, "grid"))
-    found = find(folder, 2, quiet)
+    found = find(folder, Crew(2), quiet)
     write_report(folder, found)
     attempts = Ledger(folder).attempts()
     assert len(attempts) == found.trials == 4
@@ -495,6 +499,173 @@ def test_real_runs_in_two_processes(config, folder):
     assert best["tokens"] == sum(a.outcome.tokens for a in attempts) >= 3 * 4 * 32
     assert best["trials"] == 4
     assert "| 4 | inf |  | diverged | 1e+20 |" in (folder / "report.md").read_text()
+
+
+# stacks
+
+
+class Together(list):
+    """Stacks that take no time: a list of lists of what was run; `most` of them fit."""
+
+    most = 99
+
+    def __call__(self, configs, homes):
+        self.append([c.optimizer.lr for c in configs])
+        if len(configs) > self.most:
+            raise RuntimeError("CUDA out of memory")
+        return [outcome(2 + abs(c.optimizer.lr - 1)) for c in configs]
+
+
+@pytest.fixture
+def together(monkeypatch):
+    stacks = Together()
+    monkeypatch.setattr(worker_module, "run_together", stacks)
+    return stacks
+
+
+WIDE = parse_space({"optimizer.lr": "2^-4..2^5", "optimizer.weight_decay": "[0.0, 0.1]"})
+
+
+def test_points_of_one_program_run_together_and_others_alone(config, folder, losses, together):
+    """Rates, decays and seeds may differ in a stack; multipliers may not."""
+    space = parse_space({"optimizer.lr": "[1, 2]", "parametrization.hparams.alpha_res": "[1, 2]"})
+    open_study(folder, Sweep(config, space, "grid", seeds=2))
+    find(folder, Crew(stack=99), quiet)
+    assert together == [[1, 1, 2, 2], [1, 1, 2, 2]]
+    assert losses == []
+
+
+@pytest.mark.parametrize(("crew", "sizes"), [(Crew(), []), (Crew(stack=1), []), (Crew(stack=6), [6, 6, 6, 2])])
+def test_a_stack_is_as_large_as_asked_and_by_default_one_on_a_cpu(config, folder, losses, together, crew, sizes):
+    open_study(folder, Sweep(config, WIDE, "grid"))
+    find(folder, crew, quiet)
+    assert [len(stack) for stack in together] == sizes
+    assert len(losses) == 20 - sum(sizes)
+
+
+def test_on_a_gpu_sixteen_are_stacked_or_as_many_as_its_free_memory_should_hold(config, folder, together, monkeypatch):
+    open_study(folder, Sweep(config, WIDE, "grid"))
+    monkeypatch.setattr(stacks_module, "device_of", lambda config: torch.device("cuda"))
+    for free, members in ((2**40, 16), (5 * member_bytes(config), 4), (0, 1)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2**40))
+        sweep = load_study(folder)
+        assert len(stacks_module.Stacks(sweep, None).choose(sweep.to_do([]).open, (), 99)) == members
+
+
+def test_what_cannot_be_stacked_runs_alone(config, folder, losses, together):
+    sgd = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"name": "sgd"})})
+    open_study(folder, Sweep(sgd, SPACE, "grid"))
+    find(folder, Crew(stack=4), quiet)
+    assert (together, len(losses)) == ([], 4)
+
+
+def test_workers_leave_each_other_their_share(config, folder, losses, together):
+    open_study(folder, Sweep(config, WIDE, "grid"))
+    with worker_module._alive(folder), worker_module._alive(folder) as me:
+        stale(folder, "far-1-aa", 10)
+        stale(folder, "far-2-bb", 1000)
+        worker = worker_module._Worker(folder, load_study(folder), Ledger(folder), me, quiet, Crew(2, 99))
+        worker.turn()
+        assert len(together[0]) == 7  # of 20, among two here and one that is far
+        worker.crew = Crew(10, 99)
+        worker.turn()
+    assert len(together[1]) == 2  # of 13, for ten who may not have come yet
+
+
+def test_a_stack_that_does_not_fit_is_halved_and_its_points_have_not_failed(config, folder, losses, together):
+    together.most, said = 5, []
+    open_study(folder, Sweep(config, WIDE, "grid"))
+    found = find(folder, Crew(stack=16), said.append)
+    assert [len(stack) for stack in together] == [16, 8, 4, 4, 4, 4, 4]
+    assert said[0] == "trials 0 to 15: failed as one program: CUDA out of memory; now 8 at once"
+    assert found.failures == ()
+    assert found.trials == 20
+
+
+def test_where_not_even_two_fit_a_failure_is_one(config, folder, losses, together):
+    together.most = 1
+    losses.loss = lambda c: 2.0 if c.optimizer.lr != 4 else (_ for _ in ()).throw(RuntimeError("CUDA error"))
+    open_study(folder, Sweep(config, SPACE, "grid"))
+    with pytest.raises(RunError, match="quarantined; the last: CUDA error"):
+        find(folder, Crew(stack=4), quiet)
+    states = [a.state for a in Ledger(folder).attempts()]
+    assert states == [State.RELEASED] * 6 + [State.DONE] * 3 + [State.FAILED] * 3
+
+
+def test_points_of_a_killed_stack_run_alone_and_it_counts_as_one_failure_of_the_host(config, folder, losses, together):
+    open_study(folder, Sweep(config, WIDE, "grid"))
+    ledger = Ledger(folder)
+    for lr in (1 / 16, 1 / 8, 1 / 4, 1 / 2):
+        ledger.claim(Point({"optimizer.lr": lr, "optimizer.weight_decay": 0.0}), f"{HOST}-1-gone", HOST, "one")
+    failed = []
+
+    def broken_once(c):
+        if not failed:
+            failed.append(c)
+            raise RuntimeError("CUDA error")
+        return 2.0
+
+    losses.loss = broken_once
+    found = find(folder, Crew(stack=99), quiet)
+    assert [c.optimizer.lr for c in losses] == [1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
+    assert [len(stack) for stack in together] == [16]
+    assert found.trials == 20
+
+
+STACKED = """
+import sys, time
+from pathlib import Path
+from umup.study import worker
+from umup.study.sweep import load_study
+def slow(configs, homes):
+    print("running", len(configs), flush=True)
+    time.sleep(60)
+worker.run_together = slow
+folder = Path(sys.argv[1])
+worker.work(load_study(folder), folder, print, crew=worker.Crew(stack=4))
+"""
+
+
+@pytest.mark.parametrize(("how", "state"), [(signal.SIGKILL, State.FAILED), (signal.SIGINT, State.RELEASED)])
+def test_all_points_of_a_stack_are_tried_again(config, folder, losses, together, how, state):
+    open_study(folder, Sweep(config, SPACE, "grid"))
+    doomed = subprocess.Popen(
+        [sys.executable, "-c", STACKED, str(folder)], stdout=subprocess.PIPE, stderr=-3, text=True
+    )
+    assert doomed.stdout.readline() == "running 4\n"
+    doomed.send_signal(how)
+    doomed.communicate()
+    assert find(folder, Crew(stack=4), quiet).trials == 4
+    assert [a.state for a in Ledger(folder).attempts()] == [state] * 4 + [State.DONE] * 4
+    assert [len(stack) for stack in together] == ([4] if state == State.RELEASED else [])
+
+
+def test_a_stacked_sweep_is_the_sweep(config, folder, tmp_path):
+    """The real trainer, a divergence included: losses, curves, dynamics and the choice."""
+    t = config.train.model_copy(update={"eval_every": 2})
+    sweep = Sweep(config.model_copy(update={"train": t}), parse_space({"optimizer.lr": "[0.5, 1, 2, 1e20]"}), seeds=2)
+    found = []
+    for home, crew in ((folder, ALONE), (tmp_path / "stacked", Crew(stack=8))):
+        open_study(home, sweep)
+        found.append(find(home, crew, quiet))
+        attempts = Ledger(home).attempts()
+        assert len(attempts) == 8
+        curves = [read_metrics(home / "trials" / str(a.number) / "metrics.jsonl") for a in attempts]
+        programs = {a.program for a in attempts}
+    apart, stacked = found
+    assert len(programs) == 1
+    assert [c.values for c in stacked.ranked] == [c.values for c in apart.ranked]
+    assert stacked.ranked[-1].dynamics.diverged
+    for one, other in zip(apart.ranked, stacked.ranked, strict=True):
+        assert other.losses == pytest.approx(one.losses, rel=1e-4)
+        assert other.dynamics == one.dynamics
+        assert other.attempts == one.attempts
+    assert (stacked.choice.values, stacked.tokens) == (apart.choice.values, apart.tokens)
+    for number, curve in enumerate(curves):
+        alone = read_metrics(folder / "trials" / str(number) / "metrics.jsonl")
+        assert [m.step for m in curve] == [m.step for m in alone]
+        assert [m.train_loss for m in curve] == pytest.approx([m.train_loss for m in alone], rel=1e-4)
+        assert [m.val_loss or 0 for m in curve] == pytest.approx([m.val_loss or 0 for m in alone], rel=1e-4)
 
 
 # commands
@@ -535,13 +706,13 @@ def test_a_commands_failure_says_its_last_line(config, folder, tmp_path):
         folder, Sweep(config, parse_space({"optimizer.lr": "[1, 2]"}), "grid", command=written(tmp_path / "bad"))
     )
     with pytest.raises(RunError, match=r"quarantined; the last: .* exited with 1: no GPU"):
-        find(folder, 1, said.append)
+        find(folder, ALONE, said.append)
 
 
 def test_a_command_without_metrics_is_told_how(config, folder, tmp_path):
     open_study(folder, Sweep(config, SPACE, "grid", command=written(tmp_path / "mute.py", "")))
     with pytest.raises(RunError, match=r"wrote no .*metrics.jsonl; give it \{out\}"):
-        find(folder, 1, quiet)
+        find(folder, ALONE, quiet)
 
 
 # the choice

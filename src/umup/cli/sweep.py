@@ -31,17 +31,19 @@ def run(arguments: list[str]) -> int:
     parser = _parser()
     known, config = parse_with_config(parser, plain)
     _check(parser, known, bool(axes))
+    check_stack(parser, known.stack, config)
     folder: Path = known.join or known.out or Path("runs") / f"{known.config.stem}-sweep"
 
     from umup.study.sweep import load_study, open_study
     from umup.study.sweep_report import summary, write_report
     from umup.study.sweep_run import check_joins, find
+    from umup.study.worker import Crew
 
     if known.join is not None:
         check_joins(folder, load_study(folder), config)
     else:
         open_study(folder, _sweep(known, config, axes))
-    finding = find(folder, known.workers, say)
+    finding = find(folder, Crew(known.workers, known.stack), say)
     write_report(folder, finding)
     if known.json:
         print(json.dumps({**finding.json(), "out": str(folder)}))
@@ -65,6 +67,7 @@ def _parser() -> Parser:
     add("--trials", type=int, help="points of random, tpe and gp [200]")
     add("--seeds", type=int, default=1, help="runs per point [1]")
     add("--workers", type=int, default=1, help="processes of this command [1]")
+    add("--stack", type=int, metavar="N", help="runs that a worker trains as one program [16 on a GPU, else 1]")
     add("--command", help="a program per run instead of umup's loop; {values} {config} {out} are filled in")
     add("--shortlist", type=Path, metavar="CONFIG", help="rank the best again on this config, at 20 tokens a parameter")
     add("--keep", type=int, help="how many the shortlist gets [10]")
@@ -83,8 +86,21 @@ def _check(parser: Parser, known: "argparse.Namespace", axes: bool) -> None:
             parser.error(f"--join takes the study's own {', '.join(given)}; leave that out")
     if known.trials is not None and known.strategy in ("independent", "grid"):
         parser.error(f"--trials has no effect on --strategy {known.strategy}; write --strategy random, or leave it out")
+    if known.stack is not None and known.command is not None:
+        parser.error("--stack has no effect on --command; leave it out")
     if known.keep is not None and known.shortlist is None:
         parser.error("--keep is of a shortlist; write --shortlist CONFIG, too")
+
+
+def check_stack(parser: Parser, stack: int | None, config: RunConfig) -> None:
+    """Complain of a number that is none, and of a config whose runs cannot share a program."""
+    if stack is not None and stack < 1:
+        parser.error(f"--stack must be 1 or more, not {stack}")
+    if stack is not None and stack > 1:
+        from umup.study.stacked import unstackable
+
+        if reason := unstackable(config):
+            parser.error(f"--stack: {reason}, or leave --stack out")
 
 
 def _sweep(known: "argparse.Namespace", config: RunConfig, axes: dict[str, Any]) -> "Sweep":

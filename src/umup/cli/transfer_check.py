@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from umup.cli.arguments import Parser, config_parser, parse_with_config
+from umup.cli.sweep import check_stack, say
 from umup.cli.transfer import add_rules, rules_from
 from umup.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
+    import argparse
+
     from umup.study.transfer_check import CheckPlan
 
 EXIT = {"pass": 0, "fail": 1, "undecided": 4}
@@ -36,6 +39,9 @@ def _parser() -> Parser:
     parser.add_argument("--drift", type=float, default=0.5, metavar="OCTAVES", help="tolerated drift [0.5]")
     parser.add_argument("--penalty", type=float, default=0.01, metavar="NATS", help="tolerated loss penalty [0.01]")
     parser.add_argument("--workers", type=int, default=2, help="processes [2]")
+    parser.add_argument(
+        "--stack", type=int, metavar="N", help="runs that a worker trains as one program [16 on a GPU, else 1]"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="journal, figure, numbers [runs/check-<axis>-<CONFIG>]")
     add_rules(parser)
     return parser
@@ -51,6 +57,7 @@ def run(arguments: list[str]) -> int:
     for option in ("step", "drift", "penalty"):
         if not getattr(known, option) > 0:
             parser.error(f"--{option} must be positive, not {getattr(known, option)}")
+    check_stack(parser, known.stack, config)
     out = known.out or Path("runs") / f"check-{known.axis}-{known.config.stem}"
 
     from umup.study.transfer_check import CheckPlan, default_grid, double_sizes
@@ -66,7 +73,7 @@ def run(arguments: list[str]) -> int:
         rules=rules_from(known, config),
         tolerance=Tolerance(known.drift, known.penalty),
     )
-    return _measure(plan, out, known.workers, known.json)
+    return _measure(plan, out, known)
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -84,14 +91,13 @@ def _grid(text: str, step: float) -> tuple[float, ...]:
     return tuple(low + i * step for i in range(round((high - low) / step) + 1))
 
 
-def _measure(plan: "CheckPlan", out: Path, workers: int, as_json: bool) -> int:
+def _measure(plan: "CheckPlan", out: Path, known: "argparse.Namespace") -> int:
     from umup.checkpoint import write_atomic
-    from umup.cli.sweep import say
     from umup.plots.transfer import draw, write_csv
     from umup.study.transfer_check import transfer_check
     from umup.study.verdicts import as_document
 
-    check = transfer_check(plan, out, workers, say)
+    check = transfer_check(plan, out, known.workers, say, known.stack)
     found = as_document(check)
     write_csv([check], out / "transfer.csv")
     write_atomic(out / "check.json", json.dumps(found, indent=1))
@@ -100,7 +106,7 @@ def _measure(plan: "CheckPlan", out: Path, workers: int, as_json: bool) -> int:
         draw([check], out / "transfer.png", title)
     except MissingExtraError as error:  # the verdict stands without its figure
         print(f"umup: no figure: {error}", file=sys.stderr)
-    if as_json:
+    if known.json:
         print(json.dumps(found))
     else:
         print("\n".join(found["summary"]))

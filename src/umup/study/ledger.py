@@ -68,13 +68,13 @@ class Ledger:
         trials = self._storage.get_all_trials(self._study, deepcopy=False)
         return [_attempt(trial) for trial in trials if "point" in trial.user_attrs]
 
-    def claim(self, point: Point, worker: str, host: str) -> int:
+    def claim(self, point: Point, worker: str, host: str, program: str) -> int:
         """Begin an attempt; returns its number."""
         trial = create_trial(
             state=TrialState.RUNNING,
             params=dict(point.values),
             distributions={key: _around(value) for key, value in point.values.items()},
-            user_attrs={"point": asdict(point), "worker": worker, "host": host},
+            user_attrs={"point": asdict(point), "worker": worker, "host": host, "program": program},
         )
         return self._storage.get_trial_number_from_id(self._storage.create_new_trial(self._study, trial))
 
@@ -132,6 +132,7 @@ def _attempt(trial: FrozenTrial) -> Attempt:
         states.get(trial.state, State.RUNNING),
         said["worker"],
         said["host"],
+        said["program"],
         outcome,
         said.get("error", ""),
     )

@@ -8,17 +8,20 @@ back before the end, so that the host runs ahead of the device.
 A member whose loss or gradient norm is no number is frozen from that step on and has lost (infinity); no other member
 changes by a bit, since no sum runs over the model axis.
 
-Not covered: members that differ in anything but `MAY_DIFFER`, optimizers other than AdamW, FP8, dropout, resuming, and
-evaluations before the last step. `unstackable` says why a config must run alone; `stack_key` which may run together.
-How many members fit in memory is the caller's to know: activations and logits of all exist at once.
+Activations and logits of all members exist at once. `members_that_fit` guesses how many a GPU's free memory holds, from
+what one keeps for its backward pass; whoever runs a stack must still expect that it does not fit.
+
+Not covered: members that differ in anything but `MAY_DIFFER`, optimizers other than AdamW, FP8, dropout, resuming.
+`unstackable` says why a config must run alone; `stack_key` which may run together.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from math import inf, isfinite, sqrt
+from math import inf, isfinite, prod, sqrt
 
 import numpy as np
 import torch
@@ -28,11 +31,12 @@ from umup.config.sections import RunConfig
 from umup.data.batches import Batches, Ids
 from umup.data.tokens import TokenFiles, prepare
 from umup.errors import ConfigError
-from umup.models.specs import plan_for, products_for
+from umup.models.specs import plan_for, products_for, shape_of
 from umup.models.stacked import build_stacked, stacked_loss
 from umup.optim.groups import param_groups
 from umup.optim.schedule import factor
 from umup.rules.plan import Plan
+from umup.train.metrics import Metrics
 from umup.train.runtime import device_of
 from umup.train.step import to_device
 
@@ -43,6 +47,9 @@ OPTIMIZERS = ("adamw", "adam")
 BLOCK = 16
 # torch keeps 8 programs per function and then fails; a search has one or two for every shape and number of members.
 PROGRAMS = 256
+# Of a parameter: weight, gradient, two moments, a copy in the products' format, temporaries of the update.
+STATE_BYTES = 24
+SHARE_OF_FREE = 0.8
 
 Microbatches = Sequence[tuple[Tensor, Tensor]]
 
@@ -51,13 +58,23 @@ Microbatches = Sequence[tuple[Tensor, Tensor]]
 class StackedRun:
     """One member's run, its numbers meaning what RunResult's and Metrics' do; a diverged one has losses infinity.
 
-    `losses` and `grad_norms` have an entry per step, up to the step before the one that diverged.
+    `losses` and `grad_norms` have an entry per step, `evaluations` one per step that evaluated (by the number of steps
+    done), up to the step before the one that diverged.
     """
 
     val_loss: float
     train_loss: float
     losses: tuple[float, ...]
     grad_norms: tuple[float, ...]
+    evaluations: Mapping[int, float]
+
+    def metrics(self, config: RunConfig, tokens_per_second: float) -> list[Metrics]:
+        """What the run alone would have written, one record per step."""
+        s, steps, peak = config.schedule, config.train.steps, config.optimizer.lr
+        return [
+            Metrics(i + 1, loss, peak * factor(s, i, steps), norm, tokens_per_second, self.evaluations.get(i + 1))
+            for i, (loss, norm) in enumerate(zip(self.losses, self.grad_norms, strict=True))
+        ]
 
 
 def unstackable(config: RunConfig) -> str | None:
@@ -82,6 +99,28 @@ def stack_key(config: RunConfig) -> str:
     return json.dumps(body, sort_keys=True)
 
 
+def member_bytes(config: RunConfig) -> int:
+    """About what one member takes in training: state, what eager layers keep for the backward pass, logits twice.
+
+    Compiled layers keep about half of it. The units of a layer (12 widths, 4.5 of the MLP) are gpt2's and llama's as
+    counted by torch's saved-tensor hooks, rounded up.
+    """
+    shape, p = shape_of(config.model), config.precision
+    count = sum(prod(parameter.spec.shape) for parameter in plan_for(config).stored.values())
+    units = shape.num_layers * (12 * shape.hidden_size + 4.5 * shape.intermediate_size)
+    number = 4 if p.recipe == "fp32" else 2
+    tokens = config.train.batch_size * config.model.max_seq_len
+    return round(STATE_BYTES * count + tokens * (number * units + 12 * shape.vocab_size))
+
+
+def members_that_fit(config: RunConfig, device: torch.device) -> int:
+    """How many members the device's free memory should hold, at least 1. A CPU's memory is not asked."""
+    if device.type != "cuda":
+        return sys.maxsize
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(1, int(SHARE_OF_FREE * free) // member_bytes(config))
+
+
 def run_stacked(configs: Sequence[RunConfig], files: TokenFiles | None = None) -> list[StackedRun]:
     """Train all configs at once, to the end; one result per config, in order. Nothing is written.
 
@@ -93,10 +132,14 @@ def run_stacked(configs: Sequence[RunConfig], files: TokenFiles | None = None) -
     t, device = first.train, device_of(first)
     stack = Stack(configs, device)
     order = (to_device(batch, device) for batch in member_batches(configs, files))
-    for step in range(t.steps):
-        stack.step(list(islice(order, t.grad_accum)), factor(first.schedule, step, t.steps))
-    held_out = Batches(files.val.load(), t.batch_size, first.model.max_seq_len, t.seed).fixed(t.eval_batches)
-    return stack.results(stack.evaluate([to_device(batch, device) for batch in held_out]))
+    fixed = Batches(files.val.load(), t.batch_size, first.model.max_seq_len, t.seed).fixed(t.eval_batches)
+    held_out = [to_device(batch, device) for batch in fixed]
+    evaluations = {}
+    for step in range(1, t.steps + 1):
+        stack.step(list(islice(order, t.grad_accum)), factor(first.schedule, step - 1, t.steps))
+        if step == t.steps or step % t.eval_every == 0:
+            evaluations[step] = stack.evaluate(held_out)
+    return stack.results(evaluations)
 
 
 class Stack:
@@ -159,12 +202,13 @@ class Stack:
         losses = [self._loss(*(part.expand(members, *part.shape) for part in batch)) for batch in batches]
         return torch.stack(losses).mean(0)
 
-    def results(self, val_losses: Tensor) -> list[StackedRun]:
-        """What the steps so far and an evaluation, (models), make of each member."""
+    def results(self, evaluations: Mapping[int, Tensor]) -> list[StackedRun]:
+        """What the steps so far and the evaluations, (models) by the number of steps done, make of each member."""
         history = torch.stack(self._history, -1).permute(1, 0, 2).tolist()
+        by_member = zip(*(losses.tolist() for losses in evaluations.values()), strict=True)
         return [
-            _result(losses, norms, alive, val)
-            for (losses, norms, alive), val in zip(history, val_losses.tolist(), strict=True)
+            _result(losses, norms, alive, dict(zip(evaluations, found, strict=True)))
+            for (losses, norms, alive), found in zip(history, by_member, strict=True)
         ]
 
 
@@ -254,10 +298,15 @@ def _require_one_program(configs: Sequence[RunConfig]) -> None:
             raise ConfigError(f"stacked runs differ in {odd[0]}; stack those that differ in {allowed} alone")
 
 
-def _result(losses: list[float], grad_norms: list[float], alive: list[float], val_loss: float) -> StackedRun:
-    steps = int(sum(alive))
+def _result(
+    losses: list[float], grad_norms: list[float], alive: list[float], evaluations: dict[int, float]
+) -> StackedRun:
+    whole = len(losses)
+    broken = [step - 1 for step, loss in evaluations.items() if not isfinite(loss)]
+    steps = min([int(sum(alive)), *broken])
     curves = tuple(losses[:steps]), tuple(grad_norms[:steps])
-    if steps < len(losses) or not isfinite(val_loss):
-        return StackedRun(inf, inf, *curves)
+    kept = {step: loss for step, loss in evaluations.items() if step <= steps}
+    if steps < whole:
+        return StackedRun(inf, inf, *curves, kept)
     tail = losses[-max(1, steps // 10) :]
-    return StackedRun(val_loss, sum(tail) / len(tail), *curves)
+    return StackedRun(evaluations[whole], sum(tail) / len(tail), *curves, kept)

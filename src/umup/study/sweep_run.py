@@ -7,6 +7,7 @@ from umup.errors import CheckpointError
 from umup.study.sweep import Sweep, load_study
 from umup.study.sweep_report import Finding, conclude
 from umup.study.todo import Say
+from umup.study.worker import Crew
 from umup.study.workers import corpus_of, run_study
 
 
@@ -18,7 +19,7 @@ def check_joins(folder: Path, sweep: Sweep, config: RunConfig) -> None:
         raise CheckpointError(f"study {folder}: the corpus here is not the one it began with; copy that here")
 
 
-def find(folder: Path, workers: int, say: Say) -> Finding:
+def find(folder: Path, crew: Crew, say: Say) -> Finding:
     """Work on the sweep in a directory until it is finished, as `run_study`, and conclude."""
     sweep = load_study(folder)
-    return conclude(sweep, run_study(sweep, folder, workers, say))
+    return conclude(sweep, run_study(sweep, folder, crew, say))

@@ -73,13 +73,14 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Attempt:
-    """One trial of the ledger; `outcome` if it is done, `error` if it failed."""
+    """One trial of the ledger; `outcome` if it is done, `error` if it failed. Those of one `program` ran as one."""
 
     number: int
     point: Point
     state: State
     worker: str
     host: str
+    program: str = ""
     outcome: Outcome | None = None
     error: str = field(default="", compare=False)
 
@@ -135,9 +136,7 @@ class Study(Protocol):
 
 def left_of(points: Sequence[Point], attempts: Sequence[Attempt]) -> ToDo:
     """What is left of wanted points."""
-    tries: dict[str, list[Attempt]] = {}
-    for a in attempts:
-        tries.setdefault(a.point.name, []).append(a)
+    tries = _tries(attempts)
     known = {p.name: tries.get(p.name, []) for p in points}
     running = {n for n, of in known.items() if any(a.state == State.RUNNING for a in of)}
     done = {n for n, of in known.items() if any(a.outcome for a in of) or given_up(of)} - running
@@ -151,12 +150,19 @@ def given_up(tries: Sequence[Attempt]) -> bool:
 
 def losses_of(attempts: Sequence[Attempt]) -> Mapping[str, float]:
     """Loss by the name of the point: of its first finished attempt, infinity where it was given up."""
-    tries: dict[str, list[Attempt]] = {}
+    found: dict[str, float] = {}
+    for name, of in _tries(attempts).items():
+        losses = [a.outcome.val_loss for a in of if a.outcome]
+        if losses or given_up(of):
+            found[name] = losses[0] if losses else inf
+    return found
+
+
+def _tries(attempts: Sequence[Attempt]) -> Mapping[str, list[Attempt]]:
+    by_point: dict[str, list[Attempt]] = {}
     for a in attempts:
-        tries.setdefault(a.point.name, []).append(a)
-    found = {name: next((a.outcome.val_loss for a in of if a.outcome), None) for name, of in tries.items()}
-    found |= {name: inf for name, of in tries.items() if found[name] is None and given_up(of)}
-    return {name: loss for name, loss in found.items() if loss is not None}
+        by_point.setdefault(a.point.name, []).append(a)
+    return by_point
 
 
 def same_study(folder: Path, identity: Mapping[str, Any]) -> bool:

@@ -7,7 +7,7 @@ Not covered: several hyperparameters at once; trials over several devices; for a
 `Line`s from a loop of your own and judge them as a `TransferCheck`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial, reduce
 from math import floor, isfinite, log2
@@ -168,28 +168,35 @@ def _without(config: RunConfig, *keys: str) -> RunConfig:
 
 
 def transfer_check(
-    plan: CheckPlan, out: Path, workers: int = 2, say: Callable[[str], None] = lambda line: None
+    plan: CheckPlan, out: Path, workers: int = 2, say: Say = ignore, stack: int | None = None
 ) -> TransferCheck:
     """Measure and judge. Trials are recorded in `out` as they finish; the same call goes on after an interrupt.
 
     Call it below `if __name__ == "__main__":`, since workers are fresh processes. `say`, a function of a module, hears
-    a line per trial. Raises DivergedError where every value diverged at the proxy, CheckpointError where `out` holds
-    another study, MissingExtraError without optuna.
+    a line per trial; `stack` runs of a line may train as one program (None: see stacks.py). Raises DivergedError where
+    every value diverged at the proxy, CheckpointError where `out` holds another study, MissingExtraError without
+    optuna.
     """
-    return transfer_checks([plan], out, workers, say)[0]
+    return transfer_checks([plan], out, workers, say, stack=stack)[0]
 
 
 def transfer_checks(
-    plans: Sequence[CheckPlan], out: Path, workers: int, say: Say = ignore, observe: Observe = ignore
+    plans: Sequence[CheckPlan],
+    out: Path,
+    workers: int,
+    say: Say = ignore,
+    observe: Observe = ignore,
+    stack: int | None = None,
 ) -> list[TransferCheck]:
     """Several checks as one study; `observe` hears (trials done, trials wanted so far)."""
-    from umup.study.workers import corpus_of, run_study  # they need Optuna
+    from umup.study.worker import Crew  # needs Optuna
+    from umup.study.workers import corpus_of, run_study
 
     checks = Checks(tuple(plans))
     identity = checks.identity(corpus_of(plans[0].proxy))
     if not same_study(out, identity):
         begin_study(out, identity)
-    losses = losses_of(run_study(checks, out, workers, say, observe))
+    losses = losses_of(run_study(checks, out, Crew(workers, stack), say, observe))
     return [judged(plan, plan.search(losses)[1]) for plan in plans]
 
 

@@ -6,6 +6,10 @@ the next turn gives its attempt back; should it live after all, its result is dr
 attempts all failed is quarantined, so that one broken machine does not eat a study: it leaves, and is refused until
 `quarantine/<host>` is deleted.
 
+Points whose configs may share a program are claimed and trained together (stacks.py says which and how many), up to a
+worker's share of what is open. A stack that fails, for want of memory say, is given back and tried again with half as
+many; a point that has failed runs alone, so that one which kills its worker takes no other with it twice.
+
 A diverged run is a result. A run that ends in an error of the machine (out of memory, a crash) is a failure and is
 tried again, here or elsewhere. An error of the input is everyone's, and ends the worker.
 
@@ -13,38 +17,44 @@ Not covered: choosing a GPU for a worker (set CUDA_VISIBLE_DEVICES, or give --co
 """
 
 import os
-import re
-import shlex
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
-from math import inf, log
+from dataclasses import dataclass
+from itertools import takewhile
+from math import ceil, log
 from pathlib import Path
 from uuid import uuid4
 
 from umup.checkpoint import make_directory, write_atomic
 from umup.config.load import dump_yaml
-from umup.config.sections import DataConfig, RunConfig
-from umup.data.tokens import TokenFiles, prepare
-from umup.errors import DivergedError, InputError, RunError
-from umup.study.dynamics import judge
+from umup.config.sections import RunConfig
+from umup.errors import InputError, RunError
 from umup.study.ledger import Ledger
+from umup.study.stacks import Stacks
 from umup.study.todo import Attempt, Observe, Outcome, Point, Say, State, Study, ToDo, ignore
-from umup.train.metrics import Metrics, append_metrics, final_losses, read_metrics
+from umup.study.trial import run_command, run_here, run_together
 
 BEAT = 5.0
 SILENCE = 60.0
 FAILURES = 3
 PAUSE = 0.5
-# What `umup train` says on stderr; other programs tell by a record whose loss is NaN.
-DIVERGED = re.compile(r"^umup: step \d+: (loss|gradient norm) became", re.MULTILINE)
 
 
-def work(study: Study, folder: Path, say: Say = ignore, observe: Observe = ignore) -> None:
+@dataclass(frozen=True)
+class Crew:
+    """How many processes one command works with, and how many runs each may stack (None: see stacks.py)."""
+
+    workers: int = 1
+    stack: int | None = None
+
+
+ALONE = Crew()
+
+
+def work(study: Study, folder: Path, say: Say = ignore, observe: Observe = ignore, crew: Crew = ALONE) -> None:
     """Work on the study in `folder` until it is finished.
 
     `say` hears a line per trial, `observe` (trials done, trials wanted so far) at every turn. Raises RunError if all
@@ -53,7 +63,7 @@ def work(study: Study, folder: Path, say: Say = ignore, observe: Observe = ignor
     """
     ledger = Ledger(folder)
     with _alive(folder) as name:
-        worker = _Worker(folder, study, ledger, name, say)
+        worker = _Worker(folder, study, ledger, name, say, crew)
         while True:
             left = worker.turn()
             observe(left.done, left.wanted)
@@ -61,25 +71,51 @@ def work(study: Study, folder: Path, say: Say = ignore, observe: Observe = ignor
                 return
 
 
+@dataclass(frozen=True)
+class _Claim:
+    """An attempt that this worker has begun."""
+
+    number: int
+    point: Point
+    config: RunConfig
+    home: Path
+
+
 class _Worker:
-    def __init__(self, folder: Path, study: Study, ledger: Ledger, name: str, say: Say) -> None:
+    def __init__(self, folder: Path, study: Study, ledger: Ledger, name: str, say: Say, crew: Crew = ALONE) -> None:
         self.folder, self.study, self.ledger, self.name, self.say = folder, study, ledger, name, say
         self.host = socket.gethostname()
+        self.stacks = Stacks(study, crew.stack)
+        self.crew = crew
 
     def turn(self) -> ToDo:
-        """Claim and run one point, or wait a little; what was left before."""
+        """Claim and run a point, or several as one program, or wait a little; what was left before."""
         with self.ledger.turn():
             self._bury()
             attempts = self.ledger.attempts()
             self._quarantine(attempts)
             left = self.study.to_do(attempts)
-            point = left.open[0] if left.open else Point(self.ledger.suggest(left.ask)) if left.ask else None
-            number = None if point is None else self.ledger.claim(point, self.name, self.host)
-        if point is not None and number is not None:
-            self._run(number, point)
+            points = self._choose(left, attempts)
+            program = uuid4().hex[:8]
+            claims = [self._claim(point, program) for point in points]
+        if claims:
+            self._run(claims)
         elif not left.finished:
             time.sleep(PAUSE)
         return left
+
+    def _claim(self, point: Point, program: str) -> _Claim:
+        config = self.study.config_of(point)
+        number = self.ledger.claim(point, self.name, self.host, program)
+        return _Claim(number, point, config, self.folder / "trials" / str(number))
+
+    def _choose(self, left: ToDo, attempts: Sequence[Attempt]) -> list[Point]:
+        if not left.open:
+            return [Point(self.ledger.suggest(left.ask))] if left.ask else []
+        failed = {a.point.name for a in attempts if a.state == State.FAILED}
+        names = [path.name for path in (self.folder / "workers").iterdir()]
+        living = sum(not _dead(self.folder, name, name.rsplit("-", 2)[0], self.name) for name in names)
+        return self.stacks.choose(left.open, failed, ceil(len(left.open) / max(living, self.crew.workers)))
 
     def _bury(self) -> None:
         for a in self.ledger.attempts():
@@ -91,106 +127,60 @@ class _Worker:
         """`quarantine/<host>` stands while the host is out; the journal's last failures alone do not keep it out."""
         mark = self.folder / "quarantine" / self.host
         ended = [a for a in attempts if a.host == self.host and a.state in (State.DONE, State.FAILED)]
-        last = ended[-FAILURES:]
-        if len(last) == FAILURES and all(a.state == State.FAILED for a in last) and last[-1].worker == self.name:
+        last = list(takewhile(lambda a: a.state == State.FAILED, reversed(ended)))
+        # A stack fails as one.
+        if len({a.program for a in last}) >= FAILURES and last[0].worker == self.name:
             make_directory(mark.parent)
-            write_atomic(mark, f"{last[-1].error}\n")
+            write_atomic(mark, f"{last[0].error}\n")
         if mark.exists():
             raise RunError(
                 f"host {self.host} failed {FAILURES} trials in a row and is quarantined; the last: "
                 f"{mark.read_text().strip()}; mend it, delete {mark} and repeat the command"
             )
 
-    def _run(self, number: int, point: Point) -> None:
-        home = self.folder / "trials" / str(number)
+    def _run(self, claims: Sequence[_Claim]) -> None:
         try:
-            config = self.study.config_of(point)
-            home.mkdir(parents=True, exist_ok=True)
-            write_atomic(home / "config.yaml", dump_yaml(config))
-            command = self.study.command
-            outcome = run_here(config, home) if command is None else run_command(command, config, point, home)
+            for c in claims:
+                c.home.mkdir(parents=True, exist_ok=True)
+                write_atomic(c.home / "config.yaml", dump_yaml(c.config))
+            outcomes = self._outcomes(claims)
         except (KeyboardInterrupt, InputError) as error:
-            self.ledger.fail(number, f"{type(error).__name__}: {error}", released=True)
+            self._give_back(claims, f"{type(error).__name__}: {error}")
             raise
         except OSError as error:  # a full disk, and nothing that another try would change here
-            self.ledger.fail(number, str(error), released=True)
+            self._give_back(claims, str(error))
             raise
         except (RunError, RuntimeError, MemoryError) as error:
-            line = " ".join(str(error).split())[:500] or type(error).__name__
-            self.ledger.fail(number, line)
-            self.say(f"trial {number}: failed: {line}")
+            self._failed(claims, " ".join(str(error).split())[:500] or type(error).__name__)
             return
-        if self.ledger.finish(number, outcome, min(outcome.val_loss, 2 * log(config.model.vocab_size))):
-            what = self.study.shown(point)
-            self.say(f"trial {number}: {what}: loss {outcome.val_loss:.4f}, {outcome.dynamics.faults}")
-        else:
-            self.say(f"trial {number}: it was given to another worker meanwhile; this result is dropped")
+        for c, outcome in zip(claims, outcomes, strict=True):
+            what = f"{self.study.shown(c.point)}: loss {outcome.val_loss:.4f}, {outcome.dynamics.faults}"
+            if not self.ledger.finish(c.number, outcome, min(outcome.val_loss, 2 * log(c.config.model.vocab_size))):
+                what = "it was given to another worker meanwhile; this result is dropped"
+            self.say(f"trial {c.number}: {what}")
 
+    def _outcomes(self, claims: Sequence[_Claim]) -> list[Outcome]:
+        (first, *others), command = claims, self.study.command
+        if others:
+            return run_together([c.config for c in claims], [c.home for c in claims])
+        if command is not None:
+            return [run_command(command, first.config, first.point, first.home)]
+        return [run_here(first.config, first.home)]
 
-def run_here(config: RunConfig, home: Path) -> Outcome:
-    """Train in this process; only metrics.jsonl is kept. Divergence is an outcome."""
-    from umup.train.loop import run_training
+    def _failed(self, claims: Sequence[_Claim], why: str) -> None:
+        """That of a stack is no failure of its points: they are tried again in smaller ones."""
+        first, last = claims[0], claims[-1]
+        if first is last:
+            self.ledger.fail(first.number, why)
+            self.say(f"trial {first.number}: failed: {why}")
+            return
+        self._give_back(claims, why)
+        half = self.stacks.halve(first.config, len(claims))
+        self.say(f"trials {first.number} to {last.number}: failed as one program: {why}; now {half} at once")
 
-    metrics: list[Metrics] = []
-    path = home / "metrics.jsonl"
-
-    def observe(m: Metrics) -> None:
-        metrics.append(m)
-        append_metrics(path, m)
-
-    files = _files(config.data.model_dump_json(), config.model.vocab_size, config.tokens_per_batch)
-    try:
-        run_training(config, observe=observe, files=files)
-    except DivergedError:
-        return _outcome(metrics, config, diverged=True)
-    return _outcome(metrics, config, diverged=False)
-
-
-def run_command(command: str, config: RunConfig, point: Point, home: Path) -> Outcome:
-    """Run a program for a point: it is started once, whatever it starts, so all its ranks have the same values.
-
-    In the command, {values} becomes `--key value ...` (with the seed), {config} the resolved config.yaml and {out} the
-    folder in which it must write metrics.jsonl. Raises RunError if it exits otherwise than with 0 and did not diverge.
-    """
-    values = {**point.values, "train.seed": config.train.seed}
-    told = {
-        "{values}": " ".join(f"--{key} {value!r}" for key, value in values.items()),
-        "{config}": shlex.quote(str((home / "config.yaml").absolute())),
-        "{out}": shlex.quote(str(home.absolute())),
-    }
-    for name, text in told.items():
-        command = command.replace(name, text)
-    log_path = home / "log.txt"
-    with log_path.open("wb") as out:
-        process = subprocess.Popen(shlex.split(command), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
-        try:
-            code = process.wait()
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
-    said = log_path.read_text(errors="replace")
-    if code and not DIVERGED.search(said):
-        lines = said.strip().splitlines() or ["it said nothing"]
-        raise RunError(f"{shlex.split(command)[0]} exited with {code}: {lines[-1]} ({log_path})")
-    metrics = read_metrics(home / "metrics.jsonl")
-    if not metrics and not code:
-        raise RunError(f"the command wrote no {home / 'metrics.jsonl'}; give it {{out}}, and see {log_path}")
-    return _outcome(metrics, config, diverged=bool(code))
-
-
-def _outcome(metrics: Sequence[Metrics], config: RunConfig, diverged: bool) -> Outcome:
-    dynamics = judge(metrics, diverged)
-    tokens = len(metrics) * config.tokens_per_step
-    if dynamics.diverged:
-        return Outcome(inf, inf, dynamics, tokens)
-    train, val = final_losses(metrics)
-    return Outcome(train if val is None else val, train, dynamics, tokens)
-
-
-@lru_cache(maxsize=4)
-def _files(data: str, vocab_size: int, min_tokens: int) -> TokenFiles:
-    return prepare(DataConfig.model_validate_json(data), vocab_size, min_tokens)
+    def _give_back(self, claims: Sequence[_Claim], why: str) -> None:
+        for c in claims:
+            self.ledger.fail(c.number, why, released=True)
 
 
 @contextmanager

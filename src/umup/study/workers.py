@@ -17,7 +17,7 @@ from umup.data.tokens import prepare
 from umup.errors import RunError
 from umup.study.ledger import Ledger
 from umup.study.todo import Attempt, Observe, Say, Study, ignore
-from umup.study.worker import work
+from umup.study.worker import Crew, work
 
 PATIENCE = 5.0
 GLANCE = 1.0
@@ -30,9 +30,9 @@ def corpus_of(config: RunConfig) -> str:
 
 
 def run_study(
-    study: Study, folder: Path, workers: int, say: Say = ignore, observe: Observe = ignore
+    study: Study, folder: Path, crew: Crew, say: Say = ignore, observe: Observe = ignore
 ) -> Sequence[Attempt]:
-    """Work on a study until it is finished, in `workers` processes (one: in this process); all attempts.
+    """Work on a study until it is finished, in several processes (one: in this process); all attempts.
 
     Its directory exists (todo.py). With several processes `say` must be a function of a module, and the caller be below
     `if __name__ == "__main__":`. Raises as `work`; RunError also if all processes died.
@@ -40,20 +40,20 @@ def run_study(
     ledger = Ledger(folder)
     if ledger.recovered:
         say(ledger.recovered)
-    if workers == 1:
-        work(study, folder, say, observe)
+    if crew.workers == 1:
+        work(study, folder, say, observe, crew)
     else:
-        _processes(study, folder, workers, say, observe)
+        _processes(study, folder, crew, say, observe)
     attempts = Ledger(folder).attempts()
     if not study.to_do(attempts).finished:
         raise RunError(f"study {folder} is not finished and no worker of this command is left; repeat the command")
     return attempts
 
 
-def _processes(study: Study, folder: Path, workers: int, say: Say, observe: Observe) -> None:
+def _processes(study: Study, folder: Path, crew: Crew, say: Say, observe: Observe) -> None:
     context = multiprocessing.get_context("spawn")
     errors: SimpleQueue[Exception] = context.SimpleQueue()
-    children = [context.Process(target=_child, args=(study, folder, say, errors)) for _ in range(workers)]
+    children = [context.Process(target=_child, args=(study, folder, crew, say, errors)) for _ in range(crew.workers)]
     # Ctrl-C is for workers, not for the imports of a process that is about to become one.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     for child in children:
@@ -88,11 +88,11 @@ def _interrupt(children: Sequence[BaseProcess]) -> None:
             child.join(PATIENCE)
 
 
-def _child(study: Study, folder: Path, say: Say, errors: "SimpleQueue[Exception]") -> None:
+def _child(study: Study, folder: Path, crew: Crew, say: Say, errors: "SimpleQueue[Exception]") -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     try:
-        work(study, folder, say)
+        work(study, folder, say, crew=crew)
     except KeyboardInterrupt:
         return
     except Exception as error:

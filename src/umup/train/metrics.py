@@ -53,8 +53,13 @@ def read_metrics(path: Path) -> list[Metrics]:
 def rewind_metrics(path: Path, step: int) -> list[Metrics]:
     """Drop what came after `step`, which a resumed run will do again; returns what stays."""
     kept = [m for m in read_metrics(path) if m.step <= step]
-    write_atomic(path, "".join(json.dumps(m.row()) + "\n" for m in kept))
+    write_metrics(path, kept)
     return kept
+
+
+def write_metrics(path: Path, metrics: Iterable[Metrics]) -> None:
+    """All lines at once, in place of what is there."""
+    write_atomic(path, "".join(json.dumps(m.row()) + "\n" for m in metrics))
 
 
 def final_losses(metrics: Iterable[Metrics]) -> tuple[float, float | None]:
