@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import sys
+from argparse import Namespace
 from math import inf, isfinite, nan
 from pathlib import Path
 
@@ -16,8 +17,11 @@ from umup.errors import ConfigError, DivergedError
 from umup.models.build import build
 from umup.models.specs import plan_for
 from umup.models.stacked import build_stacked, stacked_loss
+from umup.optim.adamw import make_optimizer
+from umup.optim.schedule import apply_factor
 from umup.study.stacked import BLOCK, Stack, adamw_, member_batches, member_bytes, run_stacked, stack_key, unstackable
 from umup.train.loop import run_training
+from umup.train.step import train_step
 
 CPU = torch.device("cpu")
 RATES = {"sp": 2.0**-8, "mup": 2.0**-7, "umup": 0.5}
@@ -292,15 +296,64 @@ def test_members_may_differ_in_rate_decay_and_seed_alone(tiny):
             run_stacked([one, other])
 
 
-def test_the_benchmark_prints_every_variant(capsys):
+@pytest.fixture
+def benchmark(monkeypatch):
     path = Path(__file__).parents[2] / "benchmarks" / "stacked_sweep.py"
     spec = importlib.util.spec_from_file_location("stacked_sweep", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["stacked_sweep"] = module  # dataclasses look their module up
+    monkeypatch.setitem(sys.modules, "stacked_sweep", module)  # dataclasses look their module up
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_benchmark_prints_every_variant_with_the_loss_of_the_separate_run(benchmark, capsys):
     size = ["--width", "16", "32", "--members", "2", "--depth", "1", "--tokens", "256", "--rounds", "2"]
-    module.main([*size, "--device", "cpu", "--eager"])
+    benchmark.main([*size, "--device", "cpu", "--eager"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["width", "one", "stacked"] * 2
-    for single, stacked in (lines[2:4], lines[5:7]):
-        assert float(single.split()[-1]) == pytest.approx(float(stacked.split()[-1]), abs=2e-4)
+    assert [line.split()[0] for line in lines[1:]] == ["width", "one", "stacked", "stock", "vmap"] * 2
+    losses = [[float(line.split()[-1]) for line in lines[i : i + 4]] for i in (2, 7)]
+    for one, stacked, stock, vmap in losses:
+        assert stacked == pytest.approx(one, abs=2e-4)
+        assert vmap == pytest.approx(stock, abs=2e-4)
+
+
+def test_the_benchmark_calls_out_a_loss_that_is_another_and_a_row_that_failed(benchmark):
+    cost = benchmark.Cost
+    costs = {"one": cost(6.0, 3.0), "graphs": cost(2.0, 4.12), "stacked": cost(1.0, 3.01)}
+    one, graphs, stacked, vmap = benchmark.rows(costs, {"vmap": "no rule"})
+    assert "2.00x stacked  loss 4.1200  NOT 3.0000: no claim" in graphs
+    assert "NOT" in benchmark.rows({**costs, "graphs": cost(2.0, nan)}, {})[1]
+    assert "NOT" not in one + stacked
+    assert vmap.endswith("does not run here: no rule")
+
+
+def test_the_step_that_is_captured_is_the_trainers_and_stays_in_its_memory(benchmark):
+    """All of the CUDA graph but the capture: static buffers, rates as tensors, beginning anew."""
+    config = benchmark.config_of(Namespace(depth=1, tokens=512, eager=True, device="cpu"), 16, 0)
+    batches = [tuple(torch.randint(256, (2, 2, 256))) for _ in range(3)]
+    factors = (1.0, 0.5, 0.25)
+    _, groups, loss = benchmark.parts_of(config, "cpu")
+    optimizer = make_optimizer(config.optimizer, groups)
+    wanted = []
+    for batch, scheduled in zip(batches, factors, strict=True):
+        apply_factor(optimizer, scheduled)
+        wanted.append(train_step(loss, optimizer, [batch], 0.0).loss)
+
+    static = benchmark.StaticStep(config, "cpu", batches[2])
+    static(*batches[1])  # as warming up does
+    static.restore()
+
+    def addresses():
+        state = [part for entry in static.optimizer.state.values() for part in entry.values()]
+        rates = [group["lr"] for group in static.optimizer.param_groups]
+        return [t.data_ptr() for t in (static.tokens, static.targets, *static.model.parameters(), *state, *rates)]
+
+    before = addresses()
+    for _ in range(2):
+        found = []
+        for batch, scheduled in zip(batches, factors, strict=True):
+            static.schedule(scheduled)
+            found.append(float(static(*batch)))
+        assert found == pytest.approx(wanted, rel=1e-5)
+        static.restore()
+    assert addresses() == before
