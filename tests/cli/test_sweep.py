@@ -31,6 +31,9 @@ def test_a_sweep_leaves_its_choice_and_report(sweep, tmp_path, capsys):
     assert best["trials"] == 3
     assert best["values"]["optimizer.lr"] in (0.5, 1, 2)
     assert "## Ranking" in (out / "report.md").read_text()
+    assert "![loss against every hyperparameter](sweep.png)" in (out / "report.md").read_text()
+    assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert len((out / "sweep.csv").read_text().splitlines()) == 4
     assert said.err.count("trial ") == 3
 
     assert sweep("--out", out, *RATES) == 0
@@ -62,6 +65,18 @@ def test_a_torn_journal_is_mended_and_said(sweep, tmp_path, capsys):
     assert "its last line was cut short and is dropped" in err
     assert "its worker died; the trial is tried again" in err
     assert json.loads((out / "best.json").read_text())["trials"] == 3
+
+
+def test_without_matplotlib_there_is_a_report_and_no_figure(sweep, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    out = tmp_path / "study"
+    assert sweep("--out", out, *RATES) == 0
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1] == (
+        "umup: no figure: drawing a figure needs matplotlib; write: pip install 'umup[plots]'"
+    )
+    assert said.out.endswith("report.md, best.json, sweep.csv\n")
+    assert "sweep.png" not in (out / "report.md").read_text()
 
 
 BAD = {

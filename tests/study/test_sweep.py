@@ -1,5 +1,6 @@
 """A study as a directory: the journal, what is to do, workers that die, fail and are interrupted, the choice."""
 
+import csv
 import errno
 import json
 import os
@@ -16,6 +17,7 @@ import torch
 
 from umup.config.load import dump_yaml, parse_config
 from umup.errors import CheckpointError, ConfigError, RunError
+from umup.plots.sweep import _panel, draw, write_csv
 from umup.study import ledger as ledger_module
 from umup.study import stacks as stacks_module
 from umup.study import worker as worker_module
@@ -749,6 +751,68 @@ def test_the_report_names_the_choice_and_its_reason(config):
     assert "| 2 **chosen** | 2.0100 |  | clean | 2 | 2 |" in text
     assert "rank 2: the lowest loss (2.0000) has 1 loss spike" in text
     assert "optimum may lie beyond" not in text
+
+
+def studied(sweep):
+    """A finished sweep of made-up losses, of which high rates spike and then diverge."""
+    attempts = []
+    while left := sweep.to_do(attempts).open:
+        for point in left:
+            x = point.values["optimizer.lr"]
+            loss = inf if x > 16 else 2 + 0.01 * (x - 2) ** 2 + 0.1 * point.values.get("model.dropout", 0)
+            loss -= point.stage == "shortlist"
+            attempts.append(attempt(len(attempts), point, loss, spikes=int(x > 4), diverged=x > 16))
+    return conclude(sweep, attempts)
+
+
+KINDS = {
+    "a line": {"space": {"optimizer.lr": "0.5..32"}},
+    "lines": {"space": {"optimizer.lr": "0.5..32", "model.dropout": "[0.0, 0.1]"}},
+    "a grid": {"space": {"optimizer.lr": "0.5..32", "model.dropout": "[0.0, 0.1]"}, "strategy": "grid"},
+    "draws": {"space": {"optimizer.lr": "0.5..32", "train.grad_clip": "1..2"}, "strategy": "random", "trials": 9},
+    "a shortlist": {"space": {"optimizer.lr": "0.5..32"}, "strategy": "grid", "keep": 2},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_figure_has_its_numbers_beside_it(config, tmp_path, kind):
+    given = dict(KINDS[kind])
+    space = parse_space(given.pop("space"))
+    found = studied(Sweep(config, space, intermediate=config if "keep" in given else None, **given))
+    write_csv(found, tmp_path / "a.csv")
+    draw(found, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / "a.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(found.proxies) + 2 * ("keep" in given) == found.trials
+    assert [float(r["loss"]) for r in rows if r["stage"] == "proxy"] == pytest.approx([c.loss for c in found.proxies])
+    assert {r["dynamics"] for r in rows if r["loss"] == "inf"} <= {"diverged"}
+    assert {r["dynamics"] for r in rows} >= {"clean"}
+    for row in (r for r in rows if r["chosen"] == "1"):
+        assert {axis.key: float(row[axis.key]) for axis in space} == found.choice.values
+
+
+def test_what_is_clean_faulty_and_diverged_differs_in_shape(config, tmp_path, monkeypatch):
+    """Without colour: a filled circle, a hollow square, a hollow triangle, a star."""
+    drawn = []
+
+    class Axes:
+        def get_ylim(self):
+            return 1.9, 2.5
+
+        def plot(self, x, y, marker=None, **style):
+            drawn.append((x, marker, style.get("markerfacecolor")))
+
+        def __getattr__(self, name):
+            return lambda *_, **__: None
+
+    found = studied(Sweep(config, parse_space(KINDS["a line"]["space"])))
+    _panel(Axes(), "optimizer.lr", found.proxies, {}, found.choice)
+    shapes = {x: (marker, fill) for x, marker, fill in drawn[1:] if marker != "*"}
+    assert {x: m for x, m, _ in drawn[1:] if m == "*"} == {2: "*"}
+    assert shapes[1] == shapes[4]
+    assert [shapes[x][0] for x in (1, 8, 32)] == ["o", "s", "^"]
+    assert [shapes[x][1] for x in (1, 8, 32)] == ["#0072B2", "white", "none"]
 
 
 def test_configs_are_kept_with_their_trials(config, folder, losses):

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from umup.cli.arguments import Parser, config_parser, parse_with_config
 from umup.config.load import load_config, read_yaml
 from umup.config.sections import RunConfig
-from umup.errors import ConfigError
+from umup.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
     import argparse
 
     from umup.study.sweep import Sweep
+    from umup.study.sweep_report import Finding
 
 PREFIX = "--space."
 DESCRIPTION = """\
@@ -35,7 +36,7 @@ def run(arguments: list[str]) -> int:
     folder: Path = known.join or known.out or Path("runs") / f"{known.config.stem}-sweep"
 
     from umup.study.sweep import load_study, open_study
-    from umup.study.sweep_report import summary, write_report
+    from umup.study.sweep_report import summary
     from umup.study.sweep_run import check_joins, find
     from umup.study.worker import Crew
 
@@ -44,12 +45,28 @@ def run(arguments: list[str]) -> int:
     else:
         open_study(folder, _sweep(known, config, axes))
     finding = find(folder, Crew(known.workers, known.stack), say)
-    write_report(folder, finding)
+    files = _write(folder, finding)
     if known.json:
         print(json.dumps({**finding.json(), "out": str(folder)}))
     else:
-        print(f"{summary(finding)}\nreport {folder / 'report.md'}, values {folder / 'best.json'}")
+        print(f"{summary(finding)}\n{folder}: {', '.join(files)}")
     return 0
+
+
+def _write(folder: Path, finding: "Finding") -> list[str]:
+    """Report, values, figure with its numbers; the names of the files."""
+    from umup.plots.sweep import draw, write_csv
+    from umup.study.sweep_report import write_report
+
+    files = ["report.md", "best.json", "sweep.csv"]
+    write_csv(finding, folder / "sweep.csv")
+    try:
+        draw(finding, folder / "sweep.png")
+        files.append("sweep.png")
+    except MissingExtraError as error:  # the choice stands without its figure
+        say(f"umup: no figure: {error}")
+    write_report(folder, finding, "sweep.png" if "sweep.png" in files else None)
+    return files
 
 
 def say(line: str) -> None:

@@ -74,13 +74,13 @@ def edges(finding: Finding) -> list[str]:
     return [axis.key for axis in finding.sweep.space if chosen[axis.key] in (axis.values[0], axis.values[-1])]
 
 
-def write_report(folder: Path, finding: Finding) -> None:
-    """best.json and report.md."""
-    write_atomic(folder / "report.md", report(finding))
+def write_report(folder: Path, finding: Finding, figure: str | None = None) -> None:
+    """best.json and report.md, which shows a figure that lies beside it."""
+    write_atomic(folder / "report.md", report(finding, figure))
     write_atomic(folder / "best.json", json.dumps(finding.json(), indent=1))
 
 
-def report(f: Finding) -> str:
+def report(f: Finding, figure: str | None = None) -> str:
     """Markdown."""
     sweep = f.sweep
     lines = [
@@ -97,6 +97,7 @@ def report(f: Finding) -> str:
         f"Loss {f.choice.loss:.4f}: {f.why}.",
         *(f"\n`{key}` is best at the end of its range: the optimum may lie beyond." for key in edges(f)),
         "",
+        *([f"![loss against every hyperparameter]({figure})", ""] if figure else []),
         *_independent(f.lines, f.proxies),
         "## Ranking" + (" of the shortlist" if sweep.intermediate is not None else ""),
         "",
