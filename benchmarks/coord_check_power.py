@@ -3,8 +3,9 @@
     python benchmarks/coord_check_power.py [--quick] [--write benchmarks/results/coord-check-power.md]
 
 Each mistake is injected alone into a small decoder: in the plan it is built with, in its weights, or in its optimizer;
-the check knows only the plan that should have been. A case counts as caught if the verdict is FAIL, and as named if the
-first suspect is the mistake. The correct schemes are checked with five sets of seeds each: any FAIL is a false alarm.
+the check, over widths or over depths, knows only the plan that should have been. A case counts as caught if the verdict
+is FAIL, and as named if the first suspect is the mistake. The correct schemes are checked with five sets of seeds each:
+any FAIL is a false alarm.
 The column "by" says what showed it: coordinates (outputs and updates), measured numbers (initial sizes and steps,
 against the plan's), or constants that were read off; another says what would have been named had nothing been read off.
 
@@ -27,19 +28,25 @@ from umup.config.sections import RunConfig
 from umup.models.specs import plan_for
 from umup.rules.plan import USE_QUANTITIES, Plan
 from umup.rules.roles import OpKind, Role
-from umup.study.coord_check import CoordReport, batches_of, check, config_runs
+from umup.study.coord_check import RUNS, CoordReport, batches_of, check
 from umup.study.coord_subjects import audited, config_subject, sized
 from umup.study.coord_suspects import Suspect, suspects
-from umup.study.coord_verdict import COORDINATES, NUMBERS
+from umup.study.coord_verdict import COORDINATES, NUMBERS, SIZES
 from umup.study.coordinates import Point, Subject
 
-WIDTHS = (64, 128, 256)
+SIZES_OF = {"width": (64, 128, 256), "depth": (2, 4, 8)}
+WIDTHS = SIZES_OF["width"]
 STEPS, SEEDS = 3, 3
 RATES = {"mup": 0.004, "depth_mup": 0.004, "completep": 0.004, "spectral": 0.2, "umup": 0.5, "unit": 0.1, "mus": 0.5}
 RATES |= {"sp": 0.004, "ntp": 0.1}
 HIDDEN = (Role.HIDDEN, Role.HIDDEN_OUT)
 VECTORS = (Role.BIAS, Role.NORM_GAIN, Role.NORM_BIAS)
-CORRECT = ("mup", "umup", "mus", "depth_mup", "completep", "spectral")
+# On each axis the schemes that must pass, and those that cannot.
+CORRECT = {
+    "width": ("mup", "umup", "mus", "depth_mup", "completep", "spectral"),
+    "depth": ("umup", "depth_mup", "completep"),
+}
+OTHERS = {"width": ("unit", "sp", "ntp"), "depth": ("mup", "mus", "spectral", "unit", "sp", "ntp")}
 
 Edit = Callable[[Plan, float], Plan]
 
@@ -69,8 +76,8 @@ def small_config(scheme: str, family: str, **sections: Mapping[str, Any]) -> Run
 
 @dataclass(frozen=True)
 class Mistake:
-    """One mistake in one network: what to spoil (the plan, given width over the narrowest; or the network), and the
-    start of the suspect's name that is right."""
+    """One mistake in one network: what to spoil (the plan, given the size over the smallest; or the network), and the
+    start of the suspect's name that is right. `axis`: the check that shall find it."""
 
     name: str
     suspect: str
@@ -79,10 +86,11 @@ class Mistake:
     plan: Edit = lambda plan, m: plan
     after: Callable[[Subject], None] = lambda subject: None
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    axis: str = "width"
 
 
 def times(roles: Sequence[Role], pattern: str = "", **powers: float) -> Edit:
-    """Multiply quantities of the parameters of some roles by powers of the width ratio."""
+    """Multiply quantities of the parameters of some roles by powers of the ratio of sizes."""
 
     def edit(plan: Plan, m: float) -> Plan:
         factors: dict[str, float] = {}
@@ -202,10 +210,52 @@ def mistakes() -> Iterator[Mistake]:
         yield Mistake("residual depth factor missing", "residual depth", "umup", family, whole)
         yield Mistake("depth LR factor missing", "depth factor of the learning rate", "depth_mup", family, depth_rate)
         yield Mistake("depth LR factor missing", "depth factor of the learning rate", "umup", family, depth_rate)
+        yield from depth_mistakes(family)
     for scheme in ("mup", "umup"):
         yield Mistake("readout LR wrong", "readout LR", scheme, "llama", times((Role.READOUT,), lr=-1))
     for scheme in ("mup", "spectral"):
         yield Mistake("K/V treated like Q (GQA)", "keys and values", scheme, "llama", keys_like_queries)
+
+
+def branches(power: float, pattern: str = "") -> Edit:
+    """Multiply branches by powers of the ratio of sizes."""
+
+    def edit(plan: Plan, m: float) -> Plan:
+        sites = [name for name, op in plan.ops.items() if op.site.kind in RESIDUALS and pattern in name]
+        ops = dict(plan.ops)
+        for name in sites:
+            values = dict(plan.ops[name].values)
+            for q in ("branch", "branch_grad"):
+                values[q] = replace(values[q], number=values[q].number * m**power)
+            ops[name] = replace(plan.ops[name], values=values)
+        return replace(plan, ops=ops)
+
+    return edit
+
+
+def depth_mistakes(family: str) -> Iterator[Mistake]:
+    """Those that a check over depth shall find."""
+    whole = at_sites(RESIDUALS, lambda plan, site: ONE_BRANCH)
+    missing, rate = "residual depth factor missing", "depth factor of the learning rate"
+
+    def mistake(name: str, suspect: str, scheme: str, plan: Edit) -> Mistake:
+        return Mistake(name, suspect, scheme, family, plan, axis="depth")
+
+    for scheme in CORRECT["depth"]:
+        yield mistake(missing, missing, scheme, whole)
+    for scheme in ("depth_mup", "umup"):
+        yield mistake("depth LR factor missing", rate, scheme, depth_rate)
+    yield mistake("branches of 1/sqrt(depth) at CompleteP's rates", missing, "completep", branches(0.5))
+    yield mistake("one layer without its branch factor", missing, "completep", branches(1, "layers.1."))
+    twice = "residual depth factor too small"
+    yield mistake("branch factor applied twice", twice, "depth_mup", branches(-0.5))
+    for scheme in ("depth_mup", "completep"):
+        init = times((Role.HIDDEN_OUT,), init_std=-0.5)
+        yield mistake("residual init scaled with depth, too", "residual init scaled with depth", scheme, init)
+    outside = times((Role.EMBEDDING, Role.READOUT, Role.POSITION), lr=-0.5)
+    yield mistake("depth factor on all rates", "depth factor on rates outside", "depth_mup", outside)
+    eps = times((*HIDDEN, *VECTORS), "layers.", eps=1)
+    yield mistake("epsilon not scaled with depth", "epsilon not scaled", "completep", eps)
 
 
 def twice(scheme: str) -> Edit:
@@ -215,19 +265,21 @@ def twice(scheme: str) -> Edit:
     return times(HIDDEN, init_std=-0.5, lr=-1)
 
 
-def run(config: RunConfig, mistake: Mistake | None = None, first_seed: int = 0) -> CoordReport:
-    """The config's check, spoiled or not."""
+def run(config: RunConfig, mistake: Mistake | None = None, first_seed: int = 0, axis: str | None = None) -> CoordReport:
+    """The config's check, spoiled or not, along the mistake's axis if none is given."""
+    along = axis or (mistake.axis if mistake else "width")
+    sizes = SIZES_OF[along]
 
     def make(point: Point) -> Subject:
         at = sized(config, point)
         reference = plan_for(at)
         if mistake is None:
             return config_subject(at)
-        subject = config_subject(at, mistake.plan(reference, point.width / WIDTHS[0]))
+        subject = config_subject(at, mistake.plan(reference, SIZES[along](point) / sizes[0]))
         mistake.after(subject)
         return audited(subject, reference, at)
 
-    runs = config_runs(config, WIDTHS, STEPS, SEEDS)
+    runs = RUNS[along](config, sizes, STEPS, SEEDS)
     moved = [replace(p, seed=p.seed + first_seed) for p in runs.points]
     further = {axis: [replace(p, seed=p.seed + first_seed) for p in ps] for axis, ps in runs.further.items()}
     return check(make, replace(runs, points=moved, further=further), batches_of(config))
@@ -253,8 +305,8 @@ def by_behaviour(report: CoordReport) -> list[Suspect]:
 def page(quick: bool) -> Iterator[str]:
     """The benchmark's tables, line by line as they are made."""
     began = perf_counter()
-    yield "| mistake | scheme | family | verdict | named | without the plan's constants | by | first suspect |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| mistake | over | scheme | family | verdict | named | without the plan's constants | by | first suspect |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     cases = [m for m in mistakes() if not quick or m.family == "llama"]
     caught = named = alone = 0
     for m in cases:
@@ -265,23 +317,27 @@ def page(quick: bool) -> Iterator[str]:
         blind = next(map(str, by_behaviour(report)), "nothing")
         alone += blind.startswith(m.suspect)
         told = "named" if blind.startswith(m.suspect) else blind.partition(":")[0]
-        cells = [m.name, m.scheme, m.family, report.verdict, "yes" if right else "no", told, shown_by(report), first]
+        verdict = [report.verdict, "yes" if right else "no"]
+        cells = [m.name, m.axis, m.scheme, m.family, *verdict, told, shown_by(report), first]
         yield f"| {' | '.join(cells)} |"
     yield ""
     count = f"{len({m.name for m in cases})} mistakes, {len(cases)} cases"
     yield f"{count}: {caught} caught, {named} named; {alone} named without constants."
     yield ""
-    yield "| scheme | family | verdicts of five sets of seeds | furthest |"
-    yield "|---|---|---|---|"
+    yield "| scheme | over | family | verdicts of sets of seeds | furthest |"
+    yield "|---|---|---|---|---|"
     alarms = total = 0
-    for scheme in (*CORRECT, "unit", "sp", "ntp"):
+    for axis, scheme in ((a, s) for a in SIZES_OF for s in (*CORRECT[a], *OTHERS[a])):
+        correct = scheme in CORRECT[axis]
         for family in ("llama", "gpt2"):
-            reports = [run(small_config(scheme, family), first_seed=10 * i) for i in range(1 if quick else 5)]
+            sets = 1 if quick or not correct else 5
+            reports = [run(small_config(scheme, family), None, 10 * i, axis) for i in range(sets)]
             verdicts = [r.verdict for r in reports]
-            if scheme in CORRECT:
+            if correct:
                 alarms, total = alarms + verdicts.count("FAIL"), total + len(verdicts)
             s = max((r.worst[0] for r in reports), key=lambda s: max(abs(s.low), abs(s.high)) / s.limit)
-            yield f"| {scheme} | {family} | {' '.join(verdicts)} | {s.axis}: {s.kind} of {s.name} {s.slope:+.2f} |"
+            found = f"{s.axis}: {s.kind} of {s.name} {s.slope:+.2f}"
+            yield f"| {scheme} | {axis} | {family} | {' '.join(verdicts)} | {found} |"
     yield ""
     yield f"{alarms} false alarms in {total} checks of correct schemes. {perf_counter() - began:.0f} s in all."
 

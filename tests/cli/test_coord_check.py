@@ -38,7 +38,7 @@ def test_pass_and_files(config, tmp_path, capsys):
     assert json.loads((out / "report.json").read_text())["verdict"] == "PASS"
     with (out / "coordinates.csv").open() as file:
         table = list(csv.DictReader(file))
-    assert {r["axis"] for r in table} == {"width", "raised", "head size", "depth"}
+    assert {r["axis"] for r in table} == {"width", "raised", "head size", "layers"}
     assert {r["width"] for r in table if r["axis"] == "width"} == {"64", "128", "256"}
 
 
@@ -49,6 +49,21 @@ def test_fail_is_exit_code_1_and_one_json_document(config, capsys):
     assert found["suspects"][0]["mistake"].startswith("sp is not width-independent")
     assert {s["status"] for s in found["slopes"]} >= {"pass", "fail"}
     assert found["limits"] == {"coordinates": 0.35, "numbers": 0.2, "raised": 0.5}
+
+
+def test_over_depth(config, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["coord-check", config, "--depths", "2,4,8", "--steps", "3", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.startswith("PASS: umup over depths 2, 4, 8 (3 seeds, 3 steps, ")
+    with (out / "coordinates.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert {(r["axis"], r["depth"]) for r in table} == {("depth", n) for n in "248"}
+    assert (out / "coordinates.png").read_bytes().startswith(b"\x89PNG")
+    mup = ["--parametrization.scheme", "mup", "--parametrization.base.hidden_size", "32", "--optimizer.lr", "0.004"]
+    assert main(["coord-check", config, "--axis", "depth", "--steps", "3", *mup, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["axis"], found["sizes"]) == ("depth", [2, 4, 8])
+    assert found["suspects"][0]["mistake"].startswith("mup is not depth-independent")
 
 
 def test_undecided_is_exit_code_4(config, capsys, monkeypatch):
@@ -66,6 +81,11 @@ def test_undecided_is_exit_code_4(config, capsys, monkeypatch):
         (["--widths", "32,x"], "write --widths 64,128,256"),
         (["--widths", "32,40"], "is not a multiple of model.head_dim"),
         (["--optimizer.name", "muon"], "optimizer.name"),
+        (["--depths", "2,x"], "write --depths 2,4,8"),
+        (["--depths", "2"], "write at least 2 depths"),
+        (["--depths", "0,2"], "write at least 2 depths"),
+        (["--depths", "2,4", "--widths", "32,64"], "--widths has no effect on a check over depth"),
+        (["--axis", "width", "--depths", "2,4"], "--depths has no effect on a check over width"),
     ],
 )
 def test_bad_input_is_one_line(config, capsys, arguments, told):

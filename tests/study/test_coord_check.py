@@ -10,7 +10,7 @@ from torch import nn
 
 import umup
 from umup.errors import ConfigError
-from umup.study.coord_check import CoordReport, default_widths
+from umup.study.coord_check import CoordReport, default_depths, default_widths
 from umup.study.coord_subjects import config_subject, sized
 from umup.study.coord_suspects import suspects
 from umup.study.coord_verdict import Mismatch, Slope, mismatches, slopes
@@ -93,14 +93,50 @@ def test_constants_are_compared_with_the_plan():
     assert mismatches("width", found, {}, False) == [Mismatch("width", "up.weight", "eps", "", 64, 2.0, 1.0)]
 
 
+def layered(heights, kind, name="layers.{}.attn.out", step=1, seeds=2):
+    """Rows over depth: heights(layer, depth) by layer."""
+    return [
+        Row(Point(64, n, 16, seed), step, name.format(i), kind, heights(i, n))
+        for n in (2, 4, 8)
+        for seed in range(seeds)
+        for i in range(n)
+    ]
+
+
+@pytest.mark.parametrize(("exponent", "status"), [(1.0, "fail"), (0.5, "fail"), (0.0, "pass"), (-1.0, "pass")])
+@pytest.mark.parametrize("kind", ["output", "effective", "logits"])
+def test_over_depth_a_name_is_the_mean_of_its_layers_and_may_shrink(kind, exponent, status):
+    (slope,) = slopes("depth", layered(lambda i, n: n**exponent, kind), {"layers.5.attn.out": "hidden_out"})
+    assert (slope.name, slope.role) == ("layers.*.attn.out", "hidden_out")
+    assert slope.slope == pytest.approx(exponent)
+    assert slope.status == status
+
+
+def test_over_depth_the_stream_moves_as_far_as_where_it_ends():
+    """The first layer's part of it falls with depth, which is no slope."""
+    found = slopes("depth", layered(lambda i, n: (i + 1) / n, "change", "layers.{}"), {})
+    assert [(s.slope, s.judged) for s in found] == [(pytest.approx(0), True)]
+    (inside,) = slopes("depth", layered(lambda i, n: n, "change"), {})
+    assert (inside.slope, inside.judged, inside.status) == (pytest.approx(1), False, "pass")
+
+
+def test_over_depth_only_the_first_update_is_held_against_the_plan():
+    """By layer; later updates turn where a layer comes to lie elsewhere in the network."""
+    rows = layered(lambda i, n: 1.0, "update", "layers.{}.up.weight")
+    rows += layered(lambda i, n: n, "update", "layers.{}.up.weight", step=2)
+    found = slopes("depth", [replace(r, expected=1.0) for r in rows], {})
+    assert {s.name for s in found} == {f"layers.{i}.up.weight" for i in range(4)}
+    assert all(s.slope == pytest.approx(0) and s.judged for s in found)
+
+
 def test_verdict():
     flat, steep = (Slope("width", "x", "effective", "trained", "hidden", s, s, s) for s in (0.0, 1.0))
     unsure = replace(flat, low=-1.0, high=1.0)
     verdicts = {"PASS": [flat], "UNDECIDED": [flat, unsure], "FAIL": [flat, unsure, steep]}
     for verdict, found in verdicts.items():
-        assert CoordReport("mup", (64, 128), 3, 4, tuple(found), (), (), {}, 0.0).verdict == verdict
+        assert CoordReport("mup", "width", (64, 128), 3, 4, tuple(found), (), (), {}, 0.0).verdict == verdict
     wrong = (Mismatch("width", "x", "eps", "", 64, 2.0, 1.0),)
-    assert CoordReport("mup", (64, 128), 3, 4, (flat,), wrong, (), {}, 0.0).verdict == "FAIL"
+    assert CoordReport("mup", "width", (64, 128), 3, 4, (flat,), wrong, (), {}, 0.0).verdict == "FAIL"
 
 
 def test_the_first_wrong_layer_is_named_by_coordinates_alone():
@@ -185,6 +221,42 @@ def test_correct_schemes_pass(power, scheme, family):
     assert report.suspects == ()
 
 
+@pytest.mark.parametrize(("scheme", "family"), [("completep", "gpt2"), ("umup", "llama")])
+def test_schemes_with_a_rule_of_depth_pass_over_depth(power, scheme, family):
+    report = power["run"](power["small_config"](scheme, family), axis="depth")
+    assert report.verdict == "PASS", report.text()
+    assert report.text().startswith(f"PASS: {scheme} over depths 2, 4, 8 (3 seeds, 3 steps, ")
+    assert max(s.high for s in report.slopes if s.judged and s.kind == "effective") < 0.3
+
+
+def test_the_stream_grows_with_depth_without_a_rule(power):
+    """Initial branches fall as 1/sqrt(2 depth), what training adds does not: updates add up to depth^1."""
+    report = power["run"](power["small_config"]("mup", "llama"), axis="depth")
+    assert report.verdict == "FAIL"
+    assert report.suspects[0].mistake.startswith("mup is not depth-independent: it has no rule of depth")
+    assert report.suspects[1].mistake == "depth factor of the learning rate missing"
+    of = {(s.name, s.kind, s.phase): s.slope for s in report.slopes}
+    assert of["layers.*.attn.v", "effective", "trained"] == pytest.approx(1, abs=0.2)
+    assert of["layers.*", "output", "start"] == pytest.approx(0, abs=0.1)
+    assert of["layers.*", "change", "trained"] > 0.35
+
+
+def test_a_missing_branch_factor_shows_in_what_the_network_does(power):
+    (mistake,) = (
+        m
+        for m in power["mistakes"]()
+        if (m.name, m.scheme, m.family, m.axis) == ("residual depth factor missing", "completep", "gpt2", "depth")
+    )
+    report = power["run"](power["small_config"]("completep", "gpt2"), mistake)
+    assert report.verdict == "FAIL"
+    assert report.suspects[0].mistake == "residual depth factor missing"
+    alone = power["by_behaviour"](report)[0]
+    assert alone.mistake == "residual depth factor missing"
+    assert "at step 0 grows as depth^0.5" in alone.evidence
+    of = {(s.name, s.kind, s.phase): s.slope for s in report.slopes}
+    assert of["layers.*.mlp.up", "effective", "trained"] == pytest.approx(1, abs=0.2)
+
+
 def test_sp_is_not_width_independent(power):
     report = power["run"](power["small_config"]("sp", "llama"))
     assert report.verdict == "FAIL"
@@ -205,7 +277,9 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "scheme", "family"), CASES)
 def test_mistakes_are_caught_and_named(power, name, scheme, family):
-    (mistake,) = (m for m in power["mistakes"]() if (m.name, m.scheme, m.family) == (name, scheme, family))
+    (mistake,) = (
+        m for m in power["mistakes"]() if (m.name, m.scheme, m.family, m.axis) == (name, scheme, family, "width")
+    )
     report = power["run"](power["small_config"](scheme, family, **mistake.sections), mistake)
     assert report.verdict == "FAIL"
     assert report.suspects[0].mistake.startswith(mistake.suspect), report.text()
@@ -270,9 +344,57 @@ def test_a_plan_that_is_not_applied_by_the_optimizer_is_not_needed():
     assert report.verdict == "PASS", report.text()
 
 
-def test_too_few_widths_are_refused():
-    with pytest.raises(ConfigError, match="write at least 2 widths"):
+class Deep(nn.Module):
+    def __init__(self, depth):
+        super().__init__()
+        self.embed = nn.Embedding(32, 64)
+        self.blocks = nn.ModuleList(DeepBlock() for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(64), nn.Linear(64, 32, bias=False)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+class DeepBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(64), nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, x):
+        return x + self.down(self.up(self.norm(x)).relu())
+
+
+DEPTHS = {"depths": [2, 4, 8], "lr": 0.005, "steps": 3, "seeds": 2}
+
+
+@pytest.mark.parametrize("scheme", ["completep", "depth_mup"])
+def test_any_module_passes_over_depth_under_a_scheme_with_a_rule(scheme):
+    report = umup.coord_check(Deep, loss_fn, BATCHES, scheme=scheme, **DEPTHS)
+    assert report.verdict == "PASS", report.text()
+
+
+def test_any_module_grows_with_depth_without_one():
+    report = umup.coord_check(Deep, loss_fn, BATCHES, scheme="mup", **DEPTHS)
+    assert report.verdict == "FAIL", report.text()
+    assert report.suspects[0].mistake.startswith("mup is not depth-independent")
+    assert next(s.slope for s in report.slopes if (s.name, s.kind) == ("blocks.*", "change")) > 0.35
+
+
+def test_too_few_sizes_are_refused():
+    with pytest.raises(ConfigError, match=r"widths 64, 64, .* write at least 2 widths"):
         umup.coord_check(Net, loss_fn, BATCHES, widths=[64, 64])
+    with pytest.raises(ConfigError, match=r"widths none, .* write at least 2 widths"):
+        umup.coord_check(Net, loss_fn, BATCHES)
+    with pytest.raises(ConfigError, match="write one of them"):
+        umup.coord_check(Net, loss_fn, BATCHES, widths=[64, 128], depths=[2, 4])
+
+
+def test_default_depths(power):
+    assert default_depths(power["small_config"]("mup", "llama")) == (2, 4, 8)
+    assert default_depths(power["small_config"]("mup", "llama", model={"num_layers": 1})) == (1, 2, 4)
 
 
 def test_default_widths(power):

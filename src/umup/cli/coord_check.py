@@ -10,37 +10,45 @@ from umup.errors import ConfigError
 if TYPE_CHECKING:
     from umup.study.coord_check import CoordReport
 
+AXES = ("width", "depth")
 EXIT_CODES = {"PASS": 0, "FAIL": 1, "UNDECIDED": 4}
 
 
 def run(arguments: list[str]) -> int:
-    """Check that training is the same at every width: 0 it is, 1 it is not, 4 undecided."""
+    """Check that training is the same at every width or depth: 0 it is, 1 it is not, 4 undecided."""
     parser = config_parser(
         "coord-check",
-        "Train a config's network for a few steps at several widths and compare every size: PASS (exit code 0), FAIL "
-        "(1) or UNDECIDED (4), with the mistake that explains it.",
+        "Train a config's network for a few steps at several widths, or depths, and compare every size: PASS (exit\n"
+        "code 0), FAIL (1) or UNDECIDED (4), with the mistake that explains it.",
     )
-    parser.add_argument(
-        "--widths", metavar="N,N,...", help="hidden sizes; default: three, from 128 or the config's own"
-    )
+    parser.add_argument("--axis", choices=AXES, help="what grows [width, or what --depths says]")
+    parser.add_argument("--widths", metavar="N,N,...", help="hidden sizes [three, from 128 or the config's own]")
+    parser.add_argument("--depths", metavar="N,N,...", help="layers [three, from 2 or the config's own]")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps per run [4]")
-    parser.add_argument("--seeds", type=int, default=3, help="runs per width [3]")
+    parser.add_argument("--seeds", type=int, default=3, help="runs per size [3]")
     parser.add_argument("--out", type=Path, help="a directory for coordinates.csv, report.json and coordinates.png")
     known, config = parse_with_config(parser, arguments)
 
-    from umup.study.coord_check import check_config, default_widths
+    given = {axis: getattr(known, f"{axis}s") for axis in AXES}
+    axis = known.axis or ("depth" if known.depths is not None else "width")
+    if wrong := [f"--{name}s" for name, sizes in given.items() if sizes is not None and name != axis]:
+        parser.error(f"{wrong[0]} has no effect on a check over {axis}; check one axis at a time")
 
-    widths = default_widths(config) if known.widths is None else _widths(known.widths)
-    report = check_config(config, widths, known.steps, known.seeds)
+    from umup.study.coord_check import check_config, default_depths, default_widths
+
+    default = {"width": default_widths, "depth": default_depths}[axis](config)
+    sizes = default if given[axis] is None else _sizes(axis, given[axis])
+    report = check_config(config, sizes, known.steps, known.seeds, axis)
     print(json.dumps(report.json(), indent=1) if known.json else report.text())
     if known.out is not None:
         _write(report, known.out)
     return EXIT_CODES[report.verdict]
 
 
-def _widths(text: str) -> tuple[int, ...]:
+def _sizes(axis: str, text: str) -> tuple[int, ...]:
     if not all(part.strip().isdigit() for part in text.split(",")):
-        raise ConfigError(f"--widths {text}: expected whole numbers with commas; write --widths 64,128,256")
+        example = {"width": "64,128,256", "depth": "2,4,8"}[axis]
+        raise ConfigError(f"--{axis}s {text}: expected whole numbers with commas; write --{axis}s {example}")
     return tuple(int(part) for part in text.split(","))
 
 

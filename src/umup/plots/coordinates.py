@@ -1,4 +1,4 @@
-"""The coordinate plot: log size against log width, one line per module, a panel per kind; and its numbers as CSV."""
+"""The coordinate plot: log size against log width or depth, a line per module, a panel per kind; its numbers as CSV."""
 
 import csv
 from collections import defaultdict
@@ -10,6 +10,7 @@ from typing import Any
 from umup.errors import MissingExtraError
 from umup.rules.precision import LAYER
 from umup.study.coord_check import CoordReport
+from umup.study.coord_verdict import SIZES
 
 PANELS = {
     "output": "output",
@@ -17,6 +18,8 @@ PANELS = {
     "propagating": "propagating update (W dx)",
     "logits": "attention logits",
 }
+# What they are multiplied by over depth: c is a branch's weight, L the depth (coord_verdict.py).
+IN_BRANCHES = {"output": ", of branches times c sqrt(L)", "effective": ", in branches times c L"}
 
 
 def write_csv(report: CoordReport, path: Path) -> None:
@@ -53,7 +56,7 @@ def draw(report: CoordReport, path: Path) -> None:
     axes: Any = figure.subplots(1, len(PANELS), squeeze=False)[0]
     for ax, (kind, title) in zip(axes, PANELS.items(), strict=True):
         _panel(ax, report, kind)
-        ax.set_title(title, fontsize=9)
+        ax.set_title(title + IN_BRANCHES.get(kind, "") * (report.axis == "depth"), fontsize=9)
     axes[0].set_ylabel(f"RMS after {report.steps} steps")
     figure.suptitle(f"{report.scheme}: {report.verdict}", fontsize=10)
     figure.savefig(path)
@@ -61,9 +64,10 @@ def draw(report: CoordReport, path: Path) -> None:
 
 def _panel(ax: Any, report: CoordReport, kind: str) -> None:
     lines: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in report.rows["width"]:
+    for row in report.rows[report.axis]:
         if row.kind == kind and row.step == report.steps and row.value > 0:
-            lines[LAYER.sub("*", row.name)][row.point.width].append(row.value)
+            value = row.value / (row.expected or 1.0) if report.axis == "depth" else row.value
+            lines[LAYER.sub("*", row.name)][SIZES[report.axis](row.point)].append(value)
     failing = {LAYER.sub("*", s.name) for s in report.slopes if s.kind == kind and s.status == "fail"}
     for name, at in lines.items():
         bad = name in failing
@@ -76,5 +80,5 @@ def _panel(ax: Any, report: CoordReport, kind: str) -> None:
     # Whole octaves: a flat line looks flat, and there is a tick to read it by.
     low, high = ax.get_ylim()
     ax.set_ylim(2.0 ** floor(log2(low)), 2.0 ** ceil(log2(high)))
-    ax.set_xlabel("width")
+    ax.set_xlabel(report.axis)
     ax.grid(alpha=0.25)

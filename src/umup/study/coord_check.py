@@ -9,12 +9,13 @@ coord_suspects.py names the mistake). What those steps cannot show is looked at 
     raised      epsilon as large as the gradients and decay as large as the weights, so that their rules show
     key heads   queries grow alone, where they share keys: numbers only, since chance sums hide the gradient's limit
     head size   heads grow instead of becoming more: the softmax scale
-    depth       layers are added: depth factors of branches and rates, where the scheme has a depth rule
+    layers      they become more: depth factors of branches and rates, where the scheme has a depth rule
 
-and every factor, rate, epsilon and decay found in the network and its optimizer is held against the plan.
+and every factor, rate, epsilon and decay found in the network and its optimizer is held against the plan. With depths
+instead of widths layers are added, and nothing that the network does may grow with their number.
 
-The runs are not batched over seeds with vmap: a width takes few seconds, most of it in the widest model's products,
-and the scaled operations' own backward passes have no vmap rule.
+The runs are not batched over seeds with vmap: the scaled operations define their backward passes, and of a plain twin
+8 members took 0.97 (width 32) and 0.88 times as fast as one by one on a CPU thread (benchmarks/stacked_sweep.py).
 Not covered: a coordinate check that passes does not prove that learning rates transfer; only transfer itself does.
 """
 
@@ -36,7 +37,16 @@ from umup.rules.precision import LAYER
 from umup.rules.schemes import scheme as find_scheme
 from umup.study.coord_subjects import BATCH, LENGTH, config_subject, module_subject, sized
 from umup.study.coord_suspects import Suspect, suspects
-from umup.study.coord_verdict import COORDINATE_LIMIT, NUMBER_LIMIT, RAISED_LIMIT, Mismatch, Slope, mismatches, slopes
+from umup.study.coord_verdict import (
+    COORDINATE_LIMIT,
+    NUMBER_LIMIT,
+    RAISED_LIMIT,
+    SIZES,
+    Mismatch,
+    Slope,
+    mismatches,
+    slopes,
+)
 from umup.study.coordinates import Make, Point, Row, measure
 
 Verdict = Literal["PASS", "FAIL", "UNDECIDED"]
@@ -48,15 +58,19 @@ DEPTH = 2
 """Layers that are trained: mistakes of a width rule show in the first, those of a depth rule on the axis of depth."""
 WORST = 10
 """Rows of the printed table."""
-NOT_INDEPENDENT = "{0} is not width-independent: it has one rate for all parameters at every width"
+NO_RULE = {
+    "width": "{0} is not width-independent: it has one rate for all parameters at every width",
+    "depth": "{0} is not depth-independent: it has no rule of depth, and what all layers add grows with their number",
+}
 
 
 @dataclass(frozen=True)
 class CoordReport:
-    """What was measured and what it means. `rows`: by axis. `seconds`: of wall time."""
+    """What was measured and what it means, over `sizes` of `axis`. `rows`: by axis. `seconds`: of wall time."""
 
     scheme: str
-    widths: tuple[int, ...]
+    axis: str
+    sizes: tuple[int, ...]
     seeds: int
     steps: int
     slopes: tuple[Slope, ...]
@@ -84,7 +98,7 @@ class CoordReport:
 
     def text(self) -> str:
         """The verdict, its suspects, the worst modules, and the thresholds it was judged by."""
-        head = f"{self.verdict}: {self.scheme} over widths {', '.join(map(str, self.widths))}"
+        head = f"{self.verdict}: {self.scheme} over {self.axis}s {', '.join(map(str, self.sizes))}"
         lines = [f"{head} ({self.seeds} seeds, {self.steps} steps, {self.seconds:.0f} s)"]
         lines += [f"suspect: {s}" for s in self.suspects]
         cells = [
@@ -93,10 +107,10 @@ class CoordReport:
         ]
         lines += ["", table([("axis", "module", "size", "when", "slope", "interval", "", "excused"), *cells]), ""]
         lines.append(
-            "a slope is that of log size against log width (or axis), with its 95% interval over seeds; it passes "
-            f"within {COORDINATE_LIMIT} (what the network does), {NUMBER_LIMIT} (inits and updates against the plan's) "
-            f"or {RAISED_LIMIT} (epsilon and decay raised); where an interval holds its limit the verdict is "
-            "UNDECIDED: more --seeds or wider --widths tell"
+            f"a slope is that of log size against log {self.axis} (or axis), with its 95% interval over seeds; it "
+            f"passes within {COORDINATE_LIMIT} (what the network does), {NUMBER_LIMIT} (inits and updates against the "
+            f"plan's) or {RAISED_LIMIT} (epsilon and decay raised); where an interval holds its limit the verdict is "
+            f"UNDECIDED: more --seeds or a larger range of --{self.axis}s tell"
         )
         return "\n".join(lines)
 
@@ -106,7 +120,8 @@ class CoordReport:
         return {
             "verdict": self.verdict,
             "scheme": self.scheme,
-            "widths": self.widths,
+            "axis": self.axis,
+            "sizes": self.sizes,
             "seeds": self.seeds,
             "steps": self.steps,
             "limits": {"coordinates": COORDINATE_LIMIT, "numbers": NUMBER_LIMIT, "raised": RAISED_LIMIT},
@@ -119,17 +134,20 @@ class CoordReport:
 
 @dataclass(frozen=True)
 class Runs:
-    """Sizes of a check. `further`: axis -> points of one step each (see the module's docstring).
+    """Sizes of a check along an axis. `further`: axis -> points of one step each (see the module's docstring).
 
     `decay`: the raised one. `absolute_init`: whether the plan knows initial stds, and not only how they scale.
+    `no_rule`: what to say first of a scheme that cannot pass, "" of others.
     """
 
     scheme: str
+    axis: str
     points: Sequence[Point]
     steps: int
     further: Mapping[str, Sequence[Point]]
     decay: float
     absolute_init: bool
+    no_rule: str = ""
 
 
 def coord_check(
@@ -137,7 +155,8 @@ def coord_check(
     loss_fn: Callable[[nn.Module, Any], Tensor],
     batches: Sequence[Any],
     *,
-    widths: Sequence[int],
+    widths: Sequence[int] = (),
+    depths: Sequence[int] = (),
     lr: float = 1e-3,
     scheme: str = "mup",
     optimizer: str = "adamw",
@@ -150,37 +169,45 @@ def coord_check(
 ) -> CoordReport:
     """Check any module: make_model(width) -> a fresh Module, loss_fn(model, batch) -> scalar.
 
-    `umup.plan` with the narrowest width as base gives init and rates. With make_optimizer(model) the model and its
-    optimizer are taken as they come, `scheme` is but a name, and only coordinates are judged.
+    With depths instead of widths make_model is given a number of layers. `umup.plan` with the smallest size as base
+    gives init and rates. With make_optimizer(model) the model and its optimizer are taken as they come, `scheme` is but
+    a name, and only coordinates are judged.
     Few tokens (of the order of 32) and a large lr, near where training still works, show most.
-    Raises PlanError for what `umup.plan` refuses, ConfigError for fewer than two widths or an unknown optimizer.
+    Raises PlanError for what `umup.plan` refuses, ConfigError for fewer than two sizes or an unknown optimizer.
     """
-    _check_sizes(widths, seeds, steps)
+    if widths and depths:
+        raise ConfigError("coord-check: widths and depths; write one of them, and check the other by itself")
+    axis, sizes = ("depth", depths) if depths else ("width", widths)
+    _check_sizes(axis, sizes, seeds, steps)
     if make_optimizer is None:
         _check_optimizer(optimizer)
-    base = min(widths)
     planned = {"scheme": scheme, "optimizer": optimizer, "overrides": overrides}
     numbers = OptimizerConfig(name=optimizer, lr=lr, weight_decay=weight_decay, eps=eps)
-    make = module_subject(make_model, loss_fn, numbers, make_optimizer, base, planned)
-    points = [Point(w, 1, 1, seed) for w in sorted(widths) for seed in range(seeds)]
-    further = {} if make_optimizer else {"raised": points}
-    return check(make, Runs(scheme, points, steps, further, RAISED_DECAY, False), lambda point: batches)
+    make = module_subject(make_model, loss_fn, numbers, make_optimizer, axis, min(sizes), planned)
+    points = [
+        Point(**{"width": 1, "depth": 1, axis: n}, head_dim=1, seed=s) for n in sorted(sizes) for s in range(seeds)
+    ]
+    further = {"raised": points} if make_optimizer is None and axis == "width" else {}
+    no_rule = _no_rule(scheme, axis) if make_optimizer is None else ""
+    runs = Runs(scheme, axis, points, steps, further, RAISED_DECAY, False, no_rule)
+    return check(make, runs, lambda point: batches)
 
 
-def check_config(config: RunConfig, widths: Sequence[int], steps: int = 4, seeds: int = 3) -> CoordReport:
-    """Check a config's network, scheme and optimizer on random tokens, its sizes reduced to `widths`.
+def check_config(
+    config: RunConfig, sizes: Sequence[int], steps: int = 4, seeds: int = 3, axis: str = "width"
+) -> CoordReport:
+    """Check a config's network, scheme and optimizer on random tokens, at several widths or depths.
 
     Raises ConfigError where widths do not divide, and for optimizers that `umup train` does not run.
     """
-    _check_sizes(widths, seeds, steps)
+    _check_sizes(axis, sizes, seeds, steps)
     _check_optimizer(config.optimizer.name)
-    return check(
-        lambda p: config_subject(sized(config, p)), config_runs(config, widths, steps, seeds), batches_of(config)
-    )
+    runs = RUNS[axis](config, sizes, steps, seeds)
+    return check(lambda p: config_subject(sized(config, p)), runs, batches_of(config))
 
 
-def config_runs(config: RunConfig, widths: Sequence[int], steps: int, seeds: int) -> Runs:
-    """The points of a config's check."""
+def width_runs(config: RunConfig, widths: Sequence[int], steps: int, seeds: int) -> Runs:
+    """The points of a config's check over widths."""
     m, scheme = config.model, config.parametrization.scheme
     depth, first = min(m.num_layers, DEPTH), min(widths)
     points = [Point(w, depth, m.head_dim, seed) for w in sorted(widths) for seed in range(seeds)]
@@ -192,9 +219,24 @@ def config_runs(config: RunConfig, widths: Sequence[int], steps: int, seeds: int
     if m.num_kv_heads is not None:
         further["key heads"] = [replace(p, num_kv_heads=_kv_heads(config, first)) for p in once]
     if has_depth_rule(scheme):
-        further["depth"] = [Point(first, layers, m.head_dim, 0) for layers in (depth, 2 * depth, 4 * depth)]
+        further["layers"] = [Point(first, layers, m.head_dim, 0) for layers in (depth, 2 * depth, 4 * depth)]
     decay = RAISED_DECAY / (1.0 if config.optimizer.independent_weight_decay else config.optimizer.lr)
-    return Runs(scheme, points, steps, further, decay, True)
+    return Runs(scheme, "width", points, steps, further, decay, True, _no_rule(scheme, "width"))
+
+
+def depth_runs(config: RunConfig, depths: Sequence[int], steps: int, seeds: int) -> Runs:
+    """The points of a config's check over depths, at the narrowest default width."""
+    width, scheme = default_widths(config)[0], config.parametrization.scheme
+    points = [Point(width, n, config.model.head_dim, seed) for n in sorted(depths) for seed in range(seeds)]
+    return Runs(scheme, "depth", points, steps, {}, RAISED_DECAY, True, _no_rule(scheme, "depth"))
+
+
+RUNS = {"width": width_runs, "depth": depth_runs}
+
+
+def _no_rule(scheme: str, axis: str) -> str:
+    independent = not find_scheme(scheme).one_rate if axis == "width" else has_depth_rule(scheme)
+    return "" if independent else NO_RULE[axis].format(scheme)
 
 
 def has_depth_rule(scheme: str) -> bool:
@@ -206,6 +248,12 @@ def has_depth_rule(scheme: str) -> bool:
 def default_widths(config: RunConfig) -> tuple[int, ...]:
     """Three widths, each twice the one before, from the config's own or 128 (two heads at least)."""
     first = min(config.model.hidden_size, max(128, 2 * config.model.head_dim))
+    return (first, 2 * first, 4 * first)
+
+
+def default_depths(config: RunConfig) -> tuple[int, ...]:
+    """Three depths, each twice the one before, from the config's own or 2."""
+    first = min(config.model.num_layers, DEPTH)
     return (first, 2 * first, 4 * first)
 
 
@@ -225,12 +273,12 @@ def check(make: Make, runs: Runs, batches: Callable[[Point], Sequence[Any]]) -> 
     """Measure all points of all axes, judge them, name suspects."""
     began = perf_counter()
     roles: dict[str, str] = {}
-    measured: dict[str, list[Row]] = {"width": []}
+    measured: dict[str, list[Row]] = {runs.axis: []}
     for point in runs.points:
         subject = make(point)
         roles |= subject.roles
-        measured["width"] += measure(subject, point, batches(point), runs.steps)
-    eps = _raised_eps(measured["width"])
+        measured[runs.axis] += measure(subject, point, batches(point), runs.steps)
+    eps = _raised_eps(measured[runs.axis])
     for axis, points in runs.further.items():
         for p in points:
             point = replace(p, eps=eps, weight_decay=runs.decay) if axis == "raised" else p
@@ -240,14 +288,12 @@ def check(make: Make, runs: Runs, batches: Callable[[Point], Sequence[Any]]) -> 
     found = [s for axis, rows in measured.items() for s in slopes(axis, rows, roles)]
     wrong = [m for axis, rows in measured.items() for m in mismatches(axis, rows, roles, runs.absolute_init)]
     named = suspects(found, wrong, roles)
-    if named and not wrong and find_scheme(runs.scheme).one_rate:
-        named = [Suspect(NOT_INDEPENDENT.format(runs.scheme), named[0].where, named[0].evidence), *named]
-    widths = tuple(dict.fromkeys(p.width for p in runs.points))
+    if named and not wrong and runs.no_rule:
+        named = [Suspect(runs.no_rule, named[0].where, named[0].evidence), *named]
+    sizes = tuple(dict.fromkeys(map(SIZES[runs.axis], runs.points)))
     seeds = len({p.seed for p in runs.points})
-    seconds = perf_counter() - began
-    return CoordReport(
-        runs.scheme, widths, seeds, runs.steps, tuple(found), tuple(wrong), tuple(named), measured, seconds
-    )
+    results = tuple(found), tuple(wrong), tuple(named)
+    return CoordReport(runs.scheme, runs.axis, sizes, seeds, runs.steps, *results, measured, perf_counter() - began)
 
 
 def _raised_eps(rows: Sequence[Row]) -> float | None:
@@ -274,11 +320,11 @@ def _check_optimizer(name: str) -> None:
         )
 
 
-def _check_sizes(widths: Sequence[int], seeds: int, steps: int) -> None:
-    if len(set(widths)) < 2 or min(seeds, steps) < 1:
+def _check_sizes(axis: str, sizes: Sequence[int], seeds: int, steps: int) -> None:
+    if len(set(sizes)) < 2 or min(seeds, steps, *sizes) < 1:
         raise ConfigError(
-            f"coord-check: {len(set(widths))} widths, {seeds} seeds, {steps} steps; write at least 2 widths, and 1 of "
-            "the others"
+            f"coord-check: {axis}s {', '.join(map(str, sizes)) or 'none'}, {seeds} seeds, {steps} steps; write at "
+            f"least 2 {axis}s, and 1 of the others"
         )
 
 

@@ -10,6 +10,12 @@ benchmark builds with a plan that it spoiled. What a plan expects of each number
     effective, of a tied head   the same times fan_in: its storage moves at the embedding's rate
     scale                    the softmax scale
 
+and of a residual branch of weight c in a network of L layers, what theory lets an entry of it be, which is a constant
+at one depth (coord_verdict.py):
+
+    output, of what writes to the stream   1/(c sqrt(L))
+    effective, of all in the branch        1/(c L)
+
 Numbers that no short run shows are read off: factors in umup's own modules, and rate, epsilon and decay in the
 optimizer's groups. Not covered: factors inside foreign modules, which only their outputs show.
 """
@@ -17,6 +23,7 @@ optimizer's groups. Not covered: factors inside foreign modules, which only thei
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from math import sqrt
 from typing import Any
 
 import torch
@@ -27,6 +34,7 @@ from umup.config.load import parse_config
 from umup.config.sections import BaseShape, OptimizerConfig, RunConfig
 from umup.errors import ConfigError, PlanError
 from umup.models.build import build
+from umup.models.decoder import Branch
 from umup.models.specs import Shape, plan_for, shape_of
 from umup.nn.modules import Attention, Embedding, LayerNorm, Linear, Residual, RMSNorm, UseScales
 from umup.optim.adamw import make_optimizer
@@ -35,6 +43,7 @@ from umup.rules.optimizers import OPTIMIZERS
 from umup.rules.plan import Plan
 from umup.rules.roles import OpKind, Role
 from umup.rules.schemes import scheme as find_scheme
+from umup.study.coord_verdict import SIZES
 from umup.study.coordinates import Make, Point, Subject
 
 Constant = tuple[str, str, float, float]
@@ -110,7 +119,7 @@ def audited(subject: Subject, reference: Plan, config: RunConfig) -> Subject:
     """The subject with what the reference expects and what its model and optimizer hold now."""
     groups = _groups(reference, subject.model, config.optimizer)
     constants = (*_factors(subject.model, reference), *_rates(subject, groups))
-    expected = {**_expected(reference, groups), **_scales(reference)}
+    expected = {**_branches(subject.model, reference), **_expected(reference, groups), **_scales(reference)}
     return replace(subject, roles=roles_of(reference), expected=expected, constants=constants)
 
 
@@ -123,14 +132,18 @@ def module_subject(
     loss_fn: Callable[[nn.Module, Any], Tensor],
     optimizer: OptimizerConfig,
     make_optimizer_: Callable[[nn.Module], torch.optim.Optimizer] | None,
+    axis: str,
     base: int,
     planned: Mapping[str, Any],
 ) -> Make:
-    """Any module: planned by `umup.plan` with `planned`, or, with an optimizer of the user's, as it comes."""
+    """Any module: planned by `umup.plan` with `planned`, or, with an optimizer of the user's, as it comes.
+
+    `axis`: what make_model's argument is.
+    """
 
     def make(point: Point) -> Subject:
         torch.manual_seed(point.seed)
-        model = make_model(point.width)
+        model = make_model(SIZES[axis](point))
 
         def loss(batch: Any) -> Tensor:
             return loss_fn(model, batch)
@@ -192,6 +205,20 @@ def _expected(plan: Plan, groups: list[dict[str, Any]]) -> dict[tuple[str, str],
 
 def _scales(plan: Plan) -> dict[tuple[str, str], float]:
     return {(name, "scale"): op["logits"] for name, op in plan.ops.items() if op.site.kind is OpKind.SDPA}
+
+
+def _branches(model: nn.Module, plan: Plan) -> dict[tuple[str, str], float]:
+    """By the weight that a branch has in the model, whatever the plan says of it."""
+    depth = plan.sizes.num_layers
+    found: dict[tuple[str, str], float] = {}
+    writers = {name.rpartition(".")[0] for name, p in plan.params.items() if p.spec.role is Role.HIDDEN_OUT}
+    for name, module in model.named_modules():
+        if isinstance(module, Branch):
+            inside = dict.fromkeys(n.rpartition(".")[0] for n, _ in module.named_parameters(prefix=name))
+            writer = f"{name}.norm" if module.norm_last else next(n for n in inside if n in writers)
+            found |= {(n, "effective"): 1 / (module.residual.branch * depth) for n in inside}
+            found[writer, "output"] = 1 / (module.residual.branch * sqrt(depth))
+    return found
 
 
 def _rates(subject: Subject, groups: list[dict[str, Any]]) -> Iterator[Constant]:

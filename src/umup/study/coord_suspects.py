@@ -20,7 +20,9 @@ LOOKUP = ("embedding", "position")
 READOUT = ("readout",)
 TIED = ("tied_readout",)
 VECTOR = ("bias", "norm_gain", "norm_bias")
+OUTSIDE = (*LOOKUP, *READOUT)
 ANY: tuple[str, ...] = ()
+DEPTHS = ("layers", "depth")
 QUANTITIES = {"weight": "init", "update": "lr", "weight_decay": "decay", "logit_factor": "scale"}
 
 
@@ -28,7 +30,7 @@ QUANTITIES = {"weight": "init", "update": "lr", "weight_decay": "decay", "logit_
 class Rule:
     """A mistake: the roles that show it, and symptoms (quantity, with + or - or either) that must all be there.
 
-    `some`: only where other parameters of the role are in order. `where`: part of the names. `axis`: where it shows.
+    `some`: only where other parameters of the role are in order. `where`: part of the names. `axes`: where it shows.
     """
 
     mistake: str
@@ -36,14 +38,16 @@ class Rule:
     symptoms: tuple[str, ...]
     some: bool = False
     where: tuple[str, ...] = ()
-    axis: str = ""
+    axes: tuple[str, ...] = ()
 
 
 TABLE = (
     Rule("softmax scale: attention logits divided by sqrt(head size)", ANY, ("scale+",)),
     Rule("softmax scale is not the plan's", ANY, ("scale",)),
-    Rule("residual depth factor missing", ANY, ("branch",)),
+    Rule("residual depth factor missing", ANY, ("branch+",)),
+    Rule("residual depth factor too small, or applied twice", ANY, ("branch-",)),
     Rule("residual depth factor missing", ANY, ("skip",)),
+    Rule("residual init scaled with depth beside the branch", ("hidden_out",), ("init-",), axes=DEPTHS),
     Rule("attention output factor is not the plan's", ANY, ("output_factor",)),
     Rule("rule applied twice", HIDDEN, ("init-", "lr-")),
     Rule("rule applied twice", HIDDEN, ("multiplier-", "lr-")),
@@ -57,7 +61,8 @@ TABLE = (
     Rule("hidden init not scaled with width", HIDDEN, ("init+",)),
     Rule("hidden init scaled too much", HIDDEN, ("init-",)),
     Rule("hidden multiplier missing", HIDDEN, ("multiplier+",)),
-    Rule("depth factor of the learning rate missing", HIDDEN, ("lr+",), axis="depth"),
+    Rule("depth factor of the learning rate missing", (*HIDDEN, *VECTOR), ("lr+",), axes=DEPTHS),
+    Rule("depth factor on rates outside of branches", OUTSIDE, ("lr-",), axes=DEPTHS),
     Rule("hidden LR not divided by width", HIDDEN, ("lr+",)),
     Rule("hidden LR divided too often", HIDDEN, ("lr-",)),
     Rule("tied head multiplier missing", TIED, ("multiplier+",)),
@@ -76,6 +81,8 @@ TABLE = (
 REPLACED = "init replaced after the plan was applied (or a plan applied after loading)"
 # What coordinates alone say, of the first module that is wrong by itself.
 BY_COORDINATES = (
+    Rule("residual depth factor missing", ANY, ("start+",), axes=("depth",)),
+    Rule("depth factor of the learning rate missing", ANY, ("effective+",), axes=("depth",)),
     Rule("hidden init not scaled with width", HIDDEN, ("start+",)),
     Rule("hidden init scaled too much", HIDDEN, ("start-",)),
     Rule("readout init or multiplier not scaled with width", (*READOUT, *TIED), ("start+",)),
@@ -189,7 +196,7 @@ def _fits(rule: Rule, name: str, role: str, symptoms: Mapping[str, _Symptom], pa
         and set(rule.symptoms) <= signed
         and (partial or not rule.some)
         and (not rule.where or any(part in name for part in rule.where))
-        and (not rule.axis or all(s.axis == rule.axis for s in symptoms.values()))
+        and (not rule.axes or all(s.axis in rule.axes for s in symptoms.values()))
     )
 
 

@@ -1,9 +1,9 @@
 """Rows of sizes -> slopes with intervals -> which of them are wrong. Pure arithmetic, no torch.
 
-A slope is that of log2(size) against log2(width), one per seed, of the mean over the steps after the first; its
-interval is the mean over seeds +- t * s/sqrt(seeds), s being pooled over all names of a kind: noise is alike there, and
-three seeds alone say little of it. A size that should not depend on the width has slope 0; one that a plan scales is
-divided by the plan's number first. Status of a judged slope:
+A slope is that of log2(size) against log2(width), or another axis, one per seed, of the mean over the steps after the
+first; its interval is the mean over seeds +- t * s/sqrt(seeds), s being pooled over all names of a kind: noise is alike
+there, and three seeds alone say little of it. A size that should not depend on the width has slope 0; one that a plan
+scales is divided by the plan's number first. Status of a judged slope:
 
     pass       the whole interval lies within +- limit          fail   the whole interval lies beyond it
     undecided  the limit lies inside: more seeds or widths would tell
@@ -11,16 +11,26 @@ divided by the plan's number first. Status of a judged slope:
 Coordinates (what the network does) have a wider limit than numbers (what was initialised and applied), whose noise is
 small; updates under a raised epsilon, which follow single gradients, have the widest. A mistake shows with a
 slope of 1/2 or 1. Known transients are excused by name: sizes that may shrink and not grow.
+
+Over depth L a name stands for the mean over its layers, and coordinates may shrink but not grow: the residual stream
+and how far it moves, the logits, and of a branch that enters the stream with weight c (2310.02244, 2505.01618)
+
+    c sqrt(L) RMS(output)       initial branches add up like noise
+    c L RMS(effective update)   updates of all layers point the same way and simply add up
+
+which depth_mup and u-muP (c and rates of 1/sqrt(L)) and CompleteP (c of 1/L) hold, and a scheme without a rule lets
+grow with L. What branches pass on (W dx) is of order c, adds up like noise, and is not judged.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isclose, log2, sqrt
 from statistics import linear_regression, mean, median, variance
 from typing import Literal
 
-from umup.study.coordinates import Row
+from umup.rules.precision import LAYER
+from umup.study.coordinates import Point, Row
 
 Status = Literal["pass", "fail", "undecided"]
 COORDINATE_LIMIT, NUMBER_LIMIT, RAISED_LIMIT = 0.35, 0.2, 0.5
@@ -39,13 +49,20 @@ GROWTH_ONLY = {"change": "shrinking change", "propagating": "shrinking change", 
 READOUTS = ("readout", "tied_readout")
 # It starts from a random part that falls with width.
 READOUT_EXCUSE = "shrinking readout"
+LESS_WITH_DEPTH = "shrinking with depth"
 # Of each axis, the kinds that are judged there.
 JUDGED = {
     "width": (*COORDINATES, "weight", "update", "scale"),
     "raised": ("weight", "update", "decay"),
     "head size": ("scale", "weight"),
     "key heads": ("weight",),
-    "depth": ("update", "weight"),
+    "layers": ("update", "weight"),
+    "depth": ("output", "change", "effective", "logits", "update", "weight"),
+}
+SIZES: Mapping[str, Callable[[Point], int]] = {
+    **dict.fromkeys(("width", "raised", "key heads"), lambda point: point.width),
+    "head size": lambda point: point.head_dim,
+    **dict.fromkeys(("layers", "depth"), lambda point: point.depth),
 }
 T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
@@ -79,6 +96,8 @@ class Slope:
     @property
     def judged(self) -> bool:
         """Whether the kind is judged on this axis, or only shown."""
+        if self.axis == "depth" and self.kind == "change" and "*." in self.name:
+            return False  # inside of a layer; what the stream does is told by whole layers and what follows them
         return self.kind in JUDGED[self.axis] and (self.planned or self.kind in COORDINATES)
 
     @property
@@ -106,20 +125,30 @@ class Mismatch:
 def slopes(axis: str, rows: Sequence[Row], roles: Mapping[str, str]) -> list[Slope]:
     """The slope of every (name, kind, phase) of an axis that has two sizes."""
     dead, planned = _without_gradient(rows), set()
-    sizes: dict[tuple[str, str, str, int], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    # By seed, by size, by step: the layers of one name.
+    sizes: dict[tuple[str, str, str, int], dict[int, dict[int, list[float]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
     for row in rows:
         if row.kind in CONSTANTS or row.value <= 0 or row.name in dead:
             continue
+        if axis == "depth" and row.kind in NUMBERS and row.step > 1:
+            continue  # later updates depend on where in the network a layer lies
         if row.expected is not None:
             planned.add((row.name, row.kind))
-        key = (row.name, row.kind, "start" if row.step == 0 else "trained", row.point.seed)
-        sizes[key][_size(axis, row)].append(log2(row.value / (row.expected or 1.0)))
+        name = LAYER.sub("*", row.name) if axis == "depth" and row.kind in COORDINATES else row.name
+        key = (name, row.kind, "start" if row.step == 0 else "trained", row.point.seed)
+        sizes[key][SIZES[axis](row.point)][row.step].append(log2(row.value / (row.expected or 1.0)))
     by_name: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-    for (name, kind, phase, _), at in sizes.items():
-        if len(at) > 1:
-            line = linear_regression([log2(x) for x in at], [mean(ys) for ys in at.values()])
+    for (name, kind, phase, _), along in sizes.items():
+        if len(along) > 1:
+            # Changes of the stream are largest where it ends; of what is alike in all layers the mean has less noise.
+            layers: Callable[[list[float]], float] = max if kind == "change" else mean
+            heights = [mean(map(layers, steps.values())) for steps in along.values()]
+            line = linear_regression([log2(x) for x in along], heights)
             by_name[name, kind, phase].append(line.slope)
     errors = _errors(by_name)
+    roles = {**{LAYER.sub("*", name): role for name, role in roles.items()}, **roles}
     return [
         Slope(
             axis,
@@ -128,17 +157,12 @@ def slopes(axis: str, rows: Sequence[Row], roles: Mapping[str, str]) -> list[Slo
             m,
             m - errors[key[1:]],
             m + errors[key[1:]],
-            _excuse(key, roles),
+            _excuse(axis, key, roles),
             key[:2] in planned,
         )
         for key, found in by_name.items()
         for m in [mean(found)]
     ]
-
-
-def _size(axis: str, row: Row) -> int:
-    p = row.point
-    return {"width": p.width, "raised": p.width, "key heads": p.width, "head size": p.head_dim, "depth": p.depth}[axis]
 
 
 def _errors(by_name: Mapping[tuple[str, str, str], list[float]]) -> dict[tuple[str, str], float]:
@@ -158,8 +182,10 @@ def _errors(by_name: Mapping[tuple[str, str, str], list[float]]) -> dict[tuple[s
     return errors
 
 
-def _excuse(key: tuple[str, str, str], roles: Mapping[str, str]) -> str:
+def _excuse(axis: str, key: tuple[str, str, str], roles: Mapping[str, str]) -> str:
     name, kind, _ = key
+    if axis == "depth" and kind in COORDINATES:
+        return LESS_WITH_DEPTH
     if kind == "output" and roles.get(name) in READOUTS:
         return READOUT_EXCUSE
     return GROWTH_ONLY.get(kind, "")
@@ -179,13 +205,13 @@ def _without_gradient(rows: Sequence[Row]) -> set[str]:
 def mismatches(axis: str, rows: Sequence[Row], roles: Mapping[str, str], absolute_init: bool) -> list[Mismatch]:
     """Numbers that are not the plan's, one entry per (name, kind); `absolute_init`: the plan knows initial stds."""
     found = {}
-    for row in sorted(rows, key=lambda r: _size(axis, r)):
+    for row in sorted(rows, key=lambda r: SIZES[axis](r.point)):
         if row.expected is None:
             continue
         wrong = row.kind in CONSTANTS and not isclose(row.value, row.expected, rel_tol=1e-4)
         if absolute_init and row.kind == "weight":
             wrong = row.value <= 0 or abs(log2(row.value / row.expected)) > INIT_TOLERANCE
         if wrong:
-            role, size = roles.get(row.name, ""), _size(axis, row)
+            role, size = roles.get(row.name, ""), SIZES[axis](row.point)
             found[row.name, row.kind] = Mismatch(axis, row.name, row.kind, role, size, row.value, row.expected)
     return list(found.values())
