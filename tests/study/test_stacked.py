@@ -19,7 +19,17 @@ from umup.models.specs import plan_for
 from umup.models.stacked import build_stacked, stacked_loss
 from umup.optim.adamw import make_optimizer
 from umup.optim.schedule import apply_factor
-from umup.study.stacked import BLOCK, Stack, adamw_, member_batches, member_bytes, run_stacked, stack_key, unstackable
+from umup.study.stacked import (
+    BLOCK,
+    Stack,
+    adamw_,
+    member_batches,
+    member_bytes,
+    members_that_fit,
+    run_stacked,
+    stack_key,
+    unstackable,
+)
 from umup.train.loop import run_training
 from umup.train.step import train_step
 
@@ -262,6 +272,43 @@ def test_a_process_compiles_more_stacks_than_torch_keeps_by_default(tiny, monkey
     for length in range(8, 13):  # of each a program that trains and one that evaluates
         config = tiny(model={"max_seq_len": length, "num_layers": 1}, train={"compile": True, "steps": 3})
         assert isfinite(run_stacked([config])[0].val_loss)
+
+
+@no_warnings
+def test_a_second_stack_of_a_shape_compiles_nothing_and_knows_nothing_of_the_first(tiny, monkeypatch):
+    torch._dynamo.reset()
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+
+    def stack(octaves, seed, compiles=True, **model):
+        train = {"compile": compiles, "steps": 4}
+        return [tiny("sp", o, model=model, train={**train, "seed": seed + i}) for i, o in enumerate(octaves)]
+
+    first = run_stacked(stack((0, 100), 0))
+    assert (len(compiled), first[1].val_loss) == (2, inf)  # the model and the update; evaluations need no other
+    again = run_stacked(stack((1, -1), 5))
+    assert len(compiled) == 2
+    for mine, alone in zip(again, run_stacked(stack((1, -1), 5, compiles=False)), strict=True):
+        assert mine.losses == pytest.approx(alone.losses, rel=1e-5)
+        assert mine.val_loss == pytest.approx(alone.val_loss, rel=1e-5)
+    run_stacked(stack((0, 0, 0), 0))
+    run_stacked(stack((0, 0), 0, num_layers=1))
+    assert len(compiled) == 6
+    with pytest.raises(ConfigError, match="a stack of 1 cannot train 2"):
+        Stack([tiny()], CPU).begin([tiny(), tiny()])
+
+
+def test_memory_that_torch_keeps_for_itself_is_free(tiny, monkeypatch):
+    need = member_bytes(tiny())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * need, 2**40))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 4 * need)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: need)
+    assert members_that_fit(tiny(), torch.device("cuda")) == 4  # of 5, with a margin
 
 
 REFUSED = {

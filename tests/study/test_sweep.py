@@ -548,6 +548,8 @@ def test_a_stack_is_as_large_as_asked_and_by_default_one_on_a_cpu(config, folder
 def test_on_a_gpu_sixteen_are_stacked_or_as_many_as_its_free_memory_should_hold(config, folder, together, monkeypatch):
     open_study(folder, Sweep(config, WIDE, "grid"))
     monkeypatch.setattr(stacks_module, "device_of", lambda config: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     for free, members in ((2**40, 16), (5 * member_bytes(config), 4), (0, 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2**40))
         sweep = load_study(folder)

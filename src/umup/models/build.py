@@ -103,14 +103,20 @@ def initialise(model: nn.Module, plan: Plan, seed: int) -> None:
     other parameter's draw, so that runs of equal seed are paired.
     """
     parameters = dict(model.named_parameters())
-    for name, p in plan.stored.items():
-        generator = torch.Generator().manual_seed(_seed_of(seed, name))
-        draw = torch.empty(p.spec.shape)
-        if CUT in p.values:
-            nn.init.trunc_normal_(draw, 0.0, 1.0, -p[CUT], p[CUT], generator=generator)
-        else:
-            draw.normal_(generator=generator)
-        parameters[name].copy_(draw * p["init_std"] + p["init_mean"])
+    for name in plan.stored:
+        parameters[name].copy_(initial_value(plan, name, seed))
+
+
+def initial_value(plan: Plan, name: str, seed: int) -> Tensor:
+    """One parameter's, float32 on the CPU."""
+    p = plan.stored[name]
+    generator = torch.Generator().manual_seed(_seed_of(seed, name))
+    draw = torch.empty(p.spec.shape)
+    if CUT in p.values:
+        nn.init.trunc_normal_(draw, 0.0, 1.0, -p[CUT], p[CUT], generator=generator)
+    else:
+        draw.normal_(generator=generator)
+    return draw * p["init_std"] + p["init_mean"]
 
 
 def _seed_of(seed: int, name: str) -> int:

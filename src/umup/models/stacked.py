@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from umup.config.sections import RunConfig
-from umup.models.build import build, initialise
+from umup.models.build import build, initial_value
 from umup.models.decoder import Decoder
 from umup.ops.loss import cross_entropy
 from umup.rules.plan import Plan
@@ -26,18 +26,21 @@ def build_stacked(config: RunConfig, plan: Plan, seeds: Sequence[int], device: t
     Tied parameters stay tied. Raises ConfigError where `build` does.
     """
     model = build(config, plan)
-    draws: dict[int, dict[str, Tensor]] = {}
-    for seed in dict.fromkeys(seeds):
-        initialise(model, plan, seed)
-        draws[seed] = {name: p.detach().clone() for name, p in model.named_parameters()}
-    stacked = {
-        p: nn.Parameter(torch.stack([draws[seed][name] for seed in seeds]).to(device))
-        for name, p in model.named_parameters()
-    }
+    stacked = {p: nn.Parameter(p.new_empty(len(seeds), *p.shape, device=device)) for p in model.parameters()}
     for name, p in list(model.named_parameters(remove_duplicate=False)):
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, stacked[p])
+    initialise_stacked(model, plan, seeds)
     return model.to(device)
+
+
+@torch.no_grad()
+def initialise_stacked(model: Decoder, plan: Plan, seeds: Sequence[int]) -> None:
+    """Give each member its seed's initial weights, in place."""
+    parameters = dict(model.named_parameters())
+    for name in plan.stored:
+        draws = {seed: initial_value(plan, name, seed) for seed in dict.fromkeys(seeds)}
+        parameters[name].copy_(torch.stack([draws[seed] for seed in seeds]))
 
 
 def stacked_loss(model: Decoder) -> Callable[[Tensor, Tensor], Tensor]:

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from math import inf, isfinite, prod, sqrt
 
 import numpy as np
@@ -32,7 +32,7 @@ from umup.data.batches import Batches, Ids
 from umup.data.tokens import TokenFiles, prepare
 from umup.errors import ConfigError
 from umup.models.specs import plan_for, products_for, shape_of
-from umup.models.stacked import build_stacked, stacked_loss
+from umup.models.stacked import build_stacked, initialise_stacked, stacked_loss
 from umup.optim.groups import param_groups
 from umup.optim.schedule import factor
 from umup.rules.plan import Plan
@@ -118,19 +118,27 @@ def members_that_fit(config: RunConfig, device: torch.device) -> int:
     if device.type != "cuda":
         return sys.maxsize
     free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # what torch keeps for itself
     return max(1, int(SHARE_OF_FREE * free) // member_bytes(config))
 
 
 def run_stacked(configs: Sequence[RunConfig], files: TokenFiles | None = None) -> list[StackedRun]:
     """Train all configs at once, to the end; one result per config, in order. Nothing is written.
 
-    `files` is the configs' prepared data. With `train.compile` the model and the update are compiled, once each.
-    Raises ConfigError for configs that cannot share a program, and the InputErrors of `run_training`.
+    `files` is the configs' prepared data. With `train.compile` the model and the update are compiled, once each; the
+    programs of the last stack are kept, so that another of its shape and number of members need not compile. Raises
+    ConfigError for configs that cannot share a program, and the InputErrors of `run_training`.
     """
     first = configs[0]
     files = files or prepare(first.data, first.model.vocab_size, first.tokens_per_batch)
     t, device = first.train, device_of(first)
-    stack = Stack(configs, device)
+    program = (stack_key(first), len(configs))
+    stack = _kept.pop(program, None)
+    _kept.clear()
+    if stack is None:
+        stack = Stack(configs, device)
+    else:
+        stack.begin(configs)
     order = (to_device(batch, device) for batch in member_batches(configs, files))
     fixed = Batches(files.val.load(), t.batch_size, first.model.max_seq_len, t.seed).fixed(t.eval_batches)
     held_out = [to_device(batch, device) for batch in fixed]
@@ -139,7 +147,14 @@ def run_stacked(configs: Sequence[RunConfig], files: TokenFiles | None = None) -
         stack.step(list(islice(order, t.grad_accum)), factor(first.schedule, step - 1, t.steps))
         if step == t.steps or step % t.eval_every == 0:
             evaluations[step] = stack.evaluate(held_out)
-    return stack.results(evaluations)
+    results = stack.results(evaluations)
+    if t.compile:
+        _kept[program] = stack
+    return results
+
+
+# The compiled stack that ran last.
+_kept: dict[tuple[str, int], "Stack"] = {}
 
 
 class Stack:
@@ -149,23 +164,40 @@ class Stack:
         """Raises ConfigError for configs that cannot share a program."""
         _require_one_program(configs)
         first, plan = configs[0], plan_for(configs[0])
-        self.model = build_stacked(first, plan, [c.train.seed for c in configs], device)
+        self._first, self._plan = first, plan
+        self.model = build_stacked(first, plan, _seeds(configs), device)
         loss, update = stacked_loss(self.model), adamw_
         if first.train.compile:
             torch._dynamo.config.recompile_limit = PROGRAMS
             loss, update = (torch.compile(f, fullgraph=True, dynamic=False) for f in (loss, update))
         self._loss = loss
-        numbers = _numbers(plan, configs, self.model)
-        self.rates, self.decays = (torch.tensor(part, dtype=torch.float64, device=device) for part in numbers[:2])
-        self._update = partial(
-            update, betas=first.optimizer.betas, epsilons=numbers[2], grad_clip=first.train.grad_clip
-        )
-        self._betas = first.optimizer.betas
         names = dict(self.model.named_parameters())
         self._parameters = [names[name] for name in plan.stored]
         self._moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self._parameters]
         self.alive = torch.ones(len(configs), dtype=torch.bool, device=device)
+        self._betas = first.optimizer.betas
+        epsilons = self._hold(configs)
+        self._update = partial(update, betas=self._betas, epsilons=epsilons, grad_clip=first.train.grad_clip)
+
+    def begin(self, configs: Sequence[RunConfig]) -> None:
+        """Begin as many other runs of the same shape, nothing compiled anew."""
+        _require_one_program([self._first, *configs])
+        if len(configs) != len(self.alive):
+            raise ConfigError(f"stacked runs: a stack of {len(self.alive)} cannot train {len(configs)}")
+        initialise_stacked(self.model, self._plan, _seeds(configs))
+        for moment in chain.from_iterable(self._moments):
+            moment.zero_()
+        self.alive.fill_(True)
+        self._hold(configs)
+
+    def _hold(self, configs: Sequence[RunConfig]) -> tuple[float, ...]:
+        """Take the members' rates and decays, and forget what was; the epsilons, which members share."""
+        rates, decays, epsilons = _numbers(self._plan, configs, self.model)
+        self.rates, self.decays = (
+            torch.tensor(part, dtype=torch.float64, device=self.alive.device) for part in (rates, decays)
+        )
         self._history: list[Tensor] = []
+        return epsilons
 
     def step(self, microbatches: Microbatches, scheduled: float) -> Tensor:
         """One optimizer step at `scheduled` times the peak rates -> the members' losses, (models), on the device.
@@ -195,11 +227,13 @@ class Stack:
         self._history.append(torch.stack((mean, norms, self.alive.float())))
         return mean
 
-    @torch.no_grad()
     def evaluate(self, batches: Microbatches) -> Tensor:
         """Each member's mean loss over batches that all share, (batch, positions) each -> (models)."""
         members = len(self.alive)
-        losses = [self._loss(*(part.expand(members, *part.shape) for part in batch)) for batch in batches]
+        shared = [[part.expand(members, *part.shape).contiguous() for part in batch] for batch in batches]
+        # Without gradients, or of other strides, it would be another compiled program, which costs more than it saves.
+        with torch.set_grad_enabled(self._first.train.compile):
+            losses = [self._loss(*batch).detach() for batch in shared]
         return torch.stack(losses).mean(0)
 
     def results(self, evaluations: Mapping[int, Tensor]) -> list[StackedRun]:
@@ -253,7 +287,7 @@ def adamw_(
 def member_batches(configs: Sequence[RunConfig], files: TokenFiles) -> Iterator[tuple[Ids, Ids]]:
     """Every microbatch of the runs, in order: inputs and targets, (models, batch, positions), each member's its own."""
     t, tokens = configs[0].train, files.train.load()
-    seeds = [config.train.seed for config in configs]
+    seeds = _seeds(configs)
     streams = {
         seed: _stream(Batches(tokens, t.batch_size, configs[0].model.max_seq_len, seed))
         for seed in dict.fromkeys(seeds)
@@ -284,6 +318,10 @@ def _numbers(
     rates = [[numbers[name]["lr"] for numbers in by_member] for name in plan.stored]
     decays = [[numbers[name]["weight_decay"] for numbers in by_member] for name in plan.stored]
     return rates, decays, tuple(by_member[0][name]["eps"] for name in plan.stored)
+
+
+def _seeds(configs: Sequence[RunConfig]) -> list[int]:
+    return [config.train.seed for config in configs]
 
 
 def _require_one_program(configs: Sequence[RunConfig]) -> None:
