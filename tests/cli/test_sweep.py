@@ -82,7 +82,10 @@ def test_without_matplotlib_there_is_a_report_and_no_figure(sweep, tmp_path, cap
 BAD = {
     "empty space": (["--space", "EMPTY"], ["--space: it is empty"]),
     "no space file": (["--space", "none.yaml"], ["--space none.yaml: cannot be read"]),
-    "one point": (["--space.optimizer.lr", "[1]"], ["--space.optimizer.lr: one value"]),
+    "one point": (
+        ["--space.optimizer.lr", "[1]"],
+        ["--space.optimizer.lr: [1] is nothing to search; write --optimizer.lr 1 or"],
+    ),
     "no range": (["--space.optimizer.lr"], ["has no range; write --space.optimizer.lr 2^-3..2^3"]),
     "head size": (["--space.model.hidden_size", "[32, 40]"], ["--space.model.hidden_size 40", "model.head_dim"]),
     "unknown hyperparameter": (

@@ -161,6 +161,20 @@ def test_bad_checks(refused, proxy, tmp_path, case):
     assert not (tmp_path / "never").exists()
 
 
+def test_the_report_shows_the_sweeps_figure_where_there_is_one(proxy, tmp_path, capsys):
+    config = load_config(proxy).model_dump(mode="json")
+    (tmp_path / "best.json").write_text(
+        json.dumps({"values": {}, "loss": 1.0, "config": config, "trials": 1, "tokens": 1})
+    )
+    for shows in (False, True):
+        out = tmp_path / f"out-{shows}"
+        assert main(["transfer", str(tmp_path), "--target", str(proxy), "--out", str(out)]) == 0
+        assert ("![what the sweep found](sweep.png)" in (out / "report.md").read_text()) is shows
+        assert (out / "sweep.png").exists() is shows
+        (tmp_path / "sweep.png").write_bytes(b"a figure")
+    assert (out / "sweep.png").read_bytes() == b"a figure"
+
+
 def test_bad_transfers(refused, proxy, tmp_path):
     assert "no best.json" in refused("transfer", tmp_path, "--target", proxy)
     assert "--target" in refused("transfer", tmp_path)

@@ -58,9 +58,13 @@ def test_a_user_writes_ranges_and_lists(spec, values):
     ("entries", "words"),
     [
         ({}, ["--space", "empty", "2^-3..2^3"]),
-        ({"optimizer.lr": "[1]"}, ["--space.optimizer.lr", "one value", "write --optimizer.lr"]),
-        ({"optimizer.lr": "1..1"}, ["--space.optimizer.lr", "one value"]),
-        ({"optimizer.lr": 0.5}, ["--space.optimizer.lr", "one value"]),
+        (
+            {"optimizer.lr": "[1]"},
+            ["--space.optimizer.lr: [1] is nothing to search; write --optimizer.lr 1 or a range"],
+        ),
+        ({"optimizer.lr": "1..1"}, ["--space.optimizer.lr: 1..1 is nothing to search; write --optimizer.lr 1 or"]),
+        ({"optimizer.lr": "[]"}, ["--space.optimizer.lr: [] is nothing to search; write a range"]),
+        ({"optimizer.lr": 0.5}, ["--space.optimizer.lr: 0.5 is nothing to search"]),
         ({"optimizer.lr": "4..1"}, ["--space.optimizer.lr", "low..high", "4..1"]),
         ({"optimizer.lr": "0..1"}, ["--space.optimizer.lr", "positive"]),
         ({"optimizer.lr": "low..high"}, ["--space.optimizer.lr", "'low' is no number"]),

@@ -5,7 +5,6 @@
 
 import sys
 from collections.abc import Sequence
-from concurrent.futures import BrokenExecutor
 from importlib import import_module
 
 import umup
@@ -47,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
         sys.stdout = None
         return 0
-    except (OSError, MemoryError, BrokenExecutor) as error:
+    except (OSError, MemoryError) as error:
         return _complain(str(error) or type(error).__name__, 3)
     except RuntimeError as error:
         if not any(words in str(error) for words in ("out of memory", "allocate memory")):  # torch's two wordings

@@ -59,14 +59,15 @@ def _write(folder: Path, finding: "Finding") -> list[str]:
     from umup.study.sweep_report import write_report
 
     files = ["report.md", "best.json", "sweep.csv"]
+    write_report(folder, finding)  # the choice is there, whatever becomes of its figure
     write_csv(finding, folder / "sweep.csv")
     try:
         draw(finding, folder / "sweep.png")
-        files.append("sweep.png")
-    except MissingExtraError as error:  # the choice stands without its figure
+    except MissingExtraError as error:
         say(f"umup: no figure: {error}")
-    write_report(folder, finding, "sweep.png" if "sweep.png" in files else None)
-    return files
+        return files
+    write_report(folder, finding, "sweep.png")
+    return [*files, "sweep.png"]
 
 
 def say(line: str) -> None:

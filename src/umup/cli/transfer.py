@@ -86,6 +86,8 @@ def _write(plan: "TransferPlan", out: Path) -> None:
     write_atomic(out / "plan.json", plan_for(plan.transfer.config).to_json())
     write_atomic(out / "transfer.json", json.dumps(document(plan), indent=1))
     write_atomic(out / "report.md", markdown(plan))
+    if plan.study.figure is not None:
+        shutil.copyfile(plan.study.figure, out / "sweep.png")
     for check in plan.checks:
         if check.figure is not None:
             shutil.copyfile(check.figure, out / figure_name(check))

@@ -42,7 +42,10 @@ def _wider(proxy: RunConfig, hidden_size: int) -> RunConfig:
     """Heads are added and keep their size; an explicit MLP width or number of kv heads keeps its ratio."""
     m = proxy.model
     if hidden_size < 1 or hidden_size % m.head_dim:
-        raise ConfigError(f"target hidden_size {hidden_size} is not a multiple of model.head_dim {m.head_dim}")
+        near = max(1, round(hidden_size / m.head_dim)) * m.head_dim
+        raise ConfigError(
+            f"target hidden_size {hidden_size} is not a multiple of model.head_dim {m.head_dim}; write {near}"
+        )
     wide = {"hidden_size": hidden_size}
     for field, number in (("intermediate_size", m.intermediate_size), ("num_kv_heads", m.num_kv_heads)):
         if number is not None:

@@ -98,7 +98,8 @@ def _axis(key: str, spec: Any) -> Axis:
         low, dots, high = str(parsed).partition("..")
         values, listed = _range(key, _number(key, low), _number(key, high if dots else low)), False
     if len(values) < 2:
-        raise ConfigError(f"--space.{key}: one value is nothing to search; write --{key} {parsed} or a range 2^-3..2^3")
+        fixed = "".join(f"--{key} {value:g} or " for value in values)
+        raise ConfigError(f"--space.{key}: {parsed} is nothing to search; write {fixed}a range 2^-3..2^3")
     return Axis(key, values, listed)
 
 

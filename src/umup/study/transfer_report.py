@@ -118,6 +118,7 @@ def markdown(plan: TransferPlan) -> str:
         f"Scheme `{study.proxy.parametrization.scheme}`, tuned at width {study.proxy.model.hidden_size}, depth "
         f"{study.proxy.model.num_layers} in {study.trials} trials of {study.tokens:,} tokens in all{loss}. "
         "`config.yaml` beside this report runs as it is: `umup train config.yaml`.",
+        *(["![what the sweep found](sweep.png)"] if study.figure is not None else []),
         "## What moved",
         _markdown(_moves(plan)),
         *(f"- The target's own `{k}: {v}` is replaced." for k, v in plan.transfer.replaced.items()),

@@ -19,13 +19,14 @@ from umup.train.metrics import read_metrics
 
 @dataclass(frozen=True)
 class Study:
-    """What was tuned: the proxy with its best values, its loss, and what tuning took in trials and tokens."""
+    """What was tuned: the proxy with its best values, its loss, what tuning took in trials and tokens, its figure."""
 
     proxy: RunConfig
     values: Mapping[str, float]
     loss: float | None
     trials: int
     tokens: int
+    figure: Path | None = None
 
 
 def load_study(path: Path) -> Study:
@@ -59,7 +60,8 @@ def _from_best(path: Path) -> Study:
         plan_for(tuned)
     except InputError as error:
         raise ConfigError(f"{path}: {error}") from None
-    return Study(tuned, values, loss, *spent)
+    figure = path.parent / "sweep.png"
+    return Study(tuned, values, loss, *spent, figure if figure.exists() else None)
 
 
 @dataclass(frozen=True)
