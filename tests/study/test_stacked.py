@@ -15,6 +15,7 @@ from umup.data.batches import Batches
 from umup.data.tokens import prepare
 from umup.errors import ConfigError, DivergedError
 from umup.models.build import build
+from umup.models.families import FAMILIES
 from umup.models.specs import plan_for
 from umup.models.stacked import build_stacked, stacked_loss
 from umup.optim.adamw import make_optimizer
@@ -93,6 +94,12 @@ def test_every_member_is_the_separate_run(tiny, family, scheme):
             tiny(scheme, -2, model=model, optimizer={"weight_decay": 0.01}),
         ]
     )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_stacks(tiny, family):
+    model = {"family": family}
+    check_against_separate_runs([tiny(model=model), tiny("umup", 1, model=model, train={"seed": 1})])
 
 
 VARIANTS = {
