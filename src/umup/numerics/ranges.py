@@ -190,10 +190,11 @@ def choose(seen: Range, fmt: FloatFormat, exponent: int, flush_limit: float = FL
 
 def _curves(seen: Range, fmt: FloatFormat) -> tuple[Array, Array, Array]:
     """Error, clip share and flush share at every exponent from -60 to 60."""
-    behaviours, counts = _behaviours(fmt), seen.counts
-    energy = counts * _ENERGY
-    error = np.sqrt(behaviours.error @ (energy / energy.sum()))
-    return error, behaviours.clip @ counts / seen.elements, behaviours.flush @ counts / counts.sum()
+    filled = seen.counts.nonzero()[0]
+    part = slice(filled[0], filled[-1] + 1)  # a tenth of the bins, as a rule
+    error, clip, flush = (table[:, part] for table in _behaviours(fmt))
+    counts, energy = seen.counts[part], seen.counts[part] * _ENERGY[part]
+    return np.sqrt(error @ (energy / energy.sum())), clip @ counts / seen.elements, flush @ counts / counts.sum()
 
 
 def _interval(accepted: NDArray[Any], inside: int) -> tuple[int, int]:
